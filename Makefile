@@ -1,0 +1,60 @@
+# One command each: demo (a video from nothing), test, lint, bench, lock, clean.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SNAPSHOTS := .avatar/snapshots
+
+# OpenMP threads that spin while they wait slow each other down on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint format bench lock clean
+
+demo: .venv/installed $(SNAPSHOTS)
+	$(BIN)/python scripts/generate.py examples/single_example_image.json --models $(SNAPSHOTS) \
+		--size 128x128 --steps 4 --output out/demo.mp4
+	@echo
+	@echo "out/demo.mp4 is ready. Its pixels are coloured noise: the demo's models are tiny and their weights random."
+	@echo "With the published models, the same command makes a talking face:"
+	@echo "  $(BIN)/python scripts/generate.py examples/single_example_image.json --models DIR --output out/video.mp4"
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/load_memory.py
+
+.venv/installed: pyproject.toml requirements.lock requirements-dev.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -r requirements.lock -r requirements-dev.lock
+	$(BIN)/pip install --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(SNAPSHOTS): | .venv/installed
+	$(BIN)/python scripts/make_tiny_snapshots.py $@
+
+# The versions that a fresh environment gets from pyproject.toml. torch's own CUDA libraries are left out: the same pin
+# is a CPU build on some machines and a CUDA build on others, and brings what it needs.
+LOCKING = .venv-lock/bin/pip
+DEPENDENCIES = $(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project$(1))'
+NOT_LOCKED = '^torch==\|^nvidia-\|^triton==\|^cuda-\|^pip=='
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	$(LOCKING) install $$($(call DEPENDENCIES,["dependencies"]))
+	(echo torch==2.13.0 && $(LOCKING) freeze | grep -v $(NOT_LOCKED)) > requirements.lock
+	$(LOCKING) install $$($(call DEPENDENCIES,["optional-dependencies"]["dev"]))
+	$(LOCKING) freeze --all | grep -v $(NOT_LOCKED) | grep -vxFf requirements.lock > requirements-dev.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock .avatar out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
