@@ -1,0 +1,18 @@
+"""The two ways a run can be refused. Both say what is wrong, with which input, and what would be right."""
+
+
+class InputError(ValueError):
+    """The caller's input is wrong.
+
+    `param` is the input's name as the caller wrote it ("audio", "size", …); `code` is a short machine-readable
+    reason ("invalid_value", "unsupported_format", "too_large", …); the message names value and remedy.
+    """
+
+    def __init__(self, param: str, message: str, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class CheckpointError(RuntimeError):
+    """A model file is missing, damaged, misnamed or of the wrong shape; the message names file, key and expectation."""

@@ -1,0 +1,71 @@
+"""Where the picture goes: output sizes, the resize and the centre crop that fit a picture to one.
+
+Heights come before widths, as in tensor shapes, except in the text form of a size ("832x480" is width x height).
+"""
+
+import math
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from infinitetalk.errors import InputError
+
+SPATIAL_STRIDE = 16
+"""Pixels per transformer token along each side: 8 (VAE) x 2 (patch)."""
+
+# The sizes the model was trained at: aspect ratio height / width, as the published tables round it → (height, width)
+# in pixels. The areas are about 627² and 960² pixels.
+BUCKETS_480P: dict[float, tuple[int, int]] = {
+    0.26: (320, 1216), 0.38: (384, 1024), 0.50: (448, 896), 0.67: (512, 768), 0.82: (576, 704),
+    1.00: (640, 640), 1.22: (704, 576), 1.50: (768, 512), 1.86: (832, 448), 2.00: (896, 448),
+    2.50: (960, 384), 2.83: (1088, 384), 3.60: (1152, 320), 3.80: (1216, 320), 4.00: (1280, 320),
+}  # fmt: skip
+BUCKETS_720P: dict[float, tuple[int, int]] = {
+    0.22: (448, 2048), 0.29: (512, 1792), 0.36: (576, 1600), 0.45: (640, 1408), 0.55: (704, 1280),
+    0.63: (768, 1216), 0.76: (832, 1088), 0.88: (896, 1024), 1.00: (960, 960), 1.14: (1024, 896),
+    1.31: (1088, 832), 1.50: (1152, 768), 1.58: (1216, 768), 1.82: (1280, 704), 1.91: (1344, 704),
+    2.20: (1408, 640), 2.30: (1472, 640), 2.67: (1536, 576), 2.89: (1664, 576), 3.62: (1856, 512),
+    3.75: (1920, 512),
+}  # fmt: skip
+BUCKETS = {"480p": BUCKETS_480P, "720p": BUCKETS_720P}
+
+
+def nearest_bucket(height: int, width: int, buckets: dict[float, tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) whose aspect ratio is nearest to that of a `height` x `width` picture; the first on a tie."""
+    ratio = height / width
+    return buckets[min(buckets, key=lambda candidate: abs(candidate - ratio))]
+
+
+def output_size(size: str, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) of the video for a picture of `height` x `width` pixels.
+
+    `size` is "480p" or "720p" (the bucket nearest in aspect ratio) or "WIDTHxHEIGHT" in multiples of 16 pixels.
+    Raises InputError("size") for anything else.
+    """
+    if size in BUCKETS:
+        return nearest_bucket(height, width, BUCKETS[size])
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if match is None:
+        raise InputError("size", f"size is {size!r}; use '480p', '720p' or WIDTHxHEIGHT such as '832x480'.")
+    out_width, out_height = int(match[1]), int(match[2])
+    if out_width < 16 or out_height < 16 or out_width % SPATIAL_STRIDE or out_height % SPATIAL_STRIDE:
+        raise InputError("size", f"size is {size!r}; width and height must be multiples of {SPATIAL_STRIDE} pixels.")
+    return out_height, out_width
+
+
+def resize_and_crop(picture: np.ndarray, height: int, width: int) -> Tensor:
+    """Scale a picture until it covers `height` x `width`, then cut that out of its middle.
+
+    picture: uint8 [h, w, 3] → float32 [3, height, width] in [-1, 1]. Bilinear with antialiasing, as Pillow does it.
+    """
+    source_height, source_width = picture.shape[:2]
+    scale = max(height / source_height, width / source_width)
+    # Rounding up in floating point now and then gives one row or column too many; the published model saw it so.
+    scaled_height, scaled_width = math.ceil(scale * source_height), math.ceil(scale * source_width)
+    scaled = Image.fromarray(picture).resize((scaled_width, scaled_height), Image.Resampling.BILINEAR)
+    top, left = round((scaled_height - height) / 2), round((scaled_width - width) / 2)
+    cropped = np.asarray(scaled)[top : top + height, left : left + width]
+    return (torch.from_numpy(cropped.copy()).permute(2, 0, 1).float() / 255 - 0.5) * 2

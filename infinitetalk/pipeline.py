@@ -1,0 +1,363 @@
+"""A picture, a voice and a prompt → a talking video, clip by clip.
+
+Tensors in, tensors out. Every constant is the published model's (InfiniteTalk, arXiv:2508.14033, over Wan2.1-I2V-14B):
+the same seed gives the same noise, and in float32 the same pixels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
+
+from infinitetalk import checkpoints
+from infinitetalk.audio import VoiceFeatures, normalize_loudness
+from infinitetalk.color import match_color
+from infinitetalk.errors import InputError
+from infinitetalk.geometry import output_size, resize_and_crop
+from infinitetalk.guidance import Pass, combine, default_shift, passes, timesteps
+from infinitetalk.timeline import Timeline, plan
+from infinitetalk.transformer import TEMPORAL_STRIDE, InfiniteTalkTransformer3DModel
+
+NEGATIVE_PROMPT = (
+    "bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards"
+)
+TEXT_TOKENS = 512
+CLIP_SIDE = 224
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+VAE_STRIDE = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. The defaults are the published ones."""
+
+    size: str = "480p"
+    """"480p", "720p" (the bucket nearest to the picture's aspect ratio) or "WIDTHxHEIGHT", multiples of 16 pixels."""
+    steps: int = 40
+    shift: float | None = None
+    """Pushes the noise levels towards the noisy end; None: 7 at 480p, 11 at 720p."""
+    text_guidance: float = 5.0
+    """1 turns text guidance off and saves a third of the time."""
+    audio_guidance: float = 4.0
+    color_correction: float = 1.0
+    """0 to 1: how far each frame's colours are pulled back to the picture's."""
+    seed: int = 42
+    max_frames: int | None = None
+    """Stop after this many frames at 25 per second; None: as long as the voice."""
+    frames_per_clip: int = 81
+    motion_frames: int = 9
+    negative_prompt: str = NEGATIVE_PROMPT
+    reference_quirks: bool = False
+    """Keep what the published code does where it is arguably wrong (see `timeline.plan`)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 1000:
+            raise InputError("steps", f"steps is {self.steps}; it must be between 1 and 1000.")
+        if self.shift is not None and not self.shift > 0:
+            raise InputError("shift", f"shift is {self.shift}; it must be greater than 0.")
+        if not 0 <= self.color_correction <= 1:
+            raise InputError("color_correction", f"color_correction is {self.color_correction}; use 0 to 1.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError("seed", f"seed is {self.seed}; it must be between 0 and 2^63 - 1.")
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One voice: float32 [samples] at 16 kHz, or features already encoded, float32 [frames, layers, channels]."""
+
+    voice: np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class ClipState:
+    """What the next clip needs of the one before, and all it needs: a run goes on from here in any process."""
+
+    clip: int
+    """Index of the next clip."""
+    motion: Tensor
+    """float32 [3, motion_frames, height, width] in [-1, 1]: the last frames of the clip before."""
+    random_state: Tensor
+    """uint8, the noise generator's state."""
+
+    def save(self, path: Path) -> None:
+        tensors = {"motion": self.motion.contiguous(), "random_state": self.random_state}
+        save_file(tensors, path, {"clip": str(self.clip)})
+
+    @classmethod
+    def load(cls, path: Path) -> "ClipState":
+        with safe_open(path, framework="pt") as file:
+            clip = int(file.metadata()["clip"])
+        return cls(clip=clip, **load_file(path))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One finished clip: the frames that come after those of the clip before."""
+
+    index: int
+    clips: int
+    video: Tensor
+    """float32 [3, frames, height, width] in [-1, 1], on the CPU."""
+    state: ClipState | None
+    """To resume from; None after the last clip."""
+
+    @property
+    def frames(self) -> np.ndarray:
+        """uint8 [frames, height, width, 3], RGB."""
+        levels = ((self.video + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
+        return levels.permute(1, 2, 3, 0).contiguous().numpy()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished denoising step, for progress, previews, and to stop a run: what `on_step` raises ends it."""
+
+    clip: int
+    clips: int
+    step: int
+    steps: int
+    latents: Tensor
+    """float32 [16, frames / 4, height / 8, width / 8], as they are after the step."""
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What all denoising steps of a clip have in common; in the transformer's type, with a batch dimension of 1."""
+
+    prompt: Tensor  # [1, 512, text width]
+    negative_prompt: Tensor
+    picture: Tensor  # [1, 257, CLIP width]
+    latents: Tensor  # [1, 4 + 16, T, h, w]: which frames are given, and the given picture followed by grey
+    audio: Tensor  # [1, frames, window, layers, channels]
+
+
+class InfiniteTalkPipeline:
+    """The published model, ready to generate. Load it with `from_snapshots`."""
+
+    def __init__(
+        self,
+        transformer: InfiniteTalkTransformer3DModel,
+        vae: AutoencoderKLWan,
+        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_encoder: CLIPVisionModel,
+        speech_encoder: Wav2Vec2Model,
+    ) -> None:
+        self.transformer = transformer
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.image_encoder = image_encoder
+        self.speech_encoder = speech_encoder
+        self.device: torch.device = transformer.device
+        self.dtype: torch.dtype = transformer.patch_embedding.weight.dtype
+        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=self.device)
+        self._latents_mean, self._latents_std = statistics[:, None, :, None, None, None]
+
+    @classmethod
+    def from_snapshots(
+        cls, wan: Path, infinitetalk: Path, wav2vec2: Path, device: str | torch.device | None = None
+    ) -> "InfiniteTalkPipeline":
+        """Load the published snapshots (`infinitetalk`: its folder, or one file of audio weights).
+
+        On a GPU, the default where there is one, in the published precisions: transformer and T5 bfloat16, CLIP
+        float16, VAE and speech encoder float32. On a CPU everything is float32. Raises CheckpointError.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        half, clip_half = (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
+        return cls(
+            checkpoints.load_transformer(wan, infinitetalk, device, half),
+            checkpoints.load_vae(wan, device),
+            checkpoints.load_text_encoder(wan, device, half),
+            checkpoints.load_tokenizer(wan),
+            checkpoints.load_image_encoder(wan, device, clip_half),
+            checkpoints.load_speech_encoder(wav2vec2, device),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        reference: np.ndarray,
+        speakers: Sequence[Speaker],
+        prompt: str,
+        settings: Settings = Settings(),
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        resume_from: ClipState | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Clip]:
+        """Yield the video clip by clip; memory does not grow with its length.
+
+        reference: uint8 [height, width, 3], the picture that talks. `generator` overrides the noise of
+        `settings.seed`; `resume_from` goes on after the clip that carried it, given the same other arguments, as if
+        there had been no interruption. Raises InputError for what cannot be generated.
+        """
+        if len(speakers) != 1:
+            raise InputError("speakers", f"{len(speakers)} speakers were given; one is supported.")
+        height, width = output_size(settings.size, *reference.shape[:2])
+        shift = settings.shift if settings.shift is not None else default_shift(height, width)
+        voice_frames, hear = self._voice(speakers[0])
+        timeline = plan(
+            [voice_frames],
+            settings.frames_per_clip,
+            settings.motion_frames,
+            settings.max_frames,
+            settings.reference_quirks,
+        )
+        generator = generator or torch.Generator("cpu").manual_seed(settings.seed)
+        if resume_from is not None:
+            generator.set_state(resume_from.random_state)
+
+        picture = resize_and_crop(reference, height, width).to(self.device)
+        given = self._given_latents(picture, settings.frames_per_clip)
+        picture_features = self.encode_picture(picture)
+        prompt_features = self.encode_prompt(prompt)
+        negative_features = self.encode_prompt(settings.negative_prompt)
+        motion = resume_from.motion.to(self.device) if resume_from else picture[:, None]
+
+        for index in range(resume_from.clip if resume_from else 0, timeline.clips):
+            conditions = _Conditions(
+                prompt_features,
+                negative_features,
+                picture_features,
+                given,
+                hear(timeline.audio_window(index, 0))[None].to(self.device, self.dtype),
+            )
+            motion_latents = self.encode_video(motion)
+            noise = self._draw_noise(generator, timeline, index, settings.steps, height, width)
+
+            def report(step: int, latents: Tensor, clip: int = index) -> None:
+                if on_step is not None:
+                    on_step(Step(clip, timeline.clips, step, settings.steps, latents))
+
+            latents = self._denoise(noise, motion_latents, conditions, settings, shift, report)
+            video = match_color(self.decode_video(latents), picture, settings.color_correction)
+            if not bool(torch.isfinite(video).all()):
+                raise FloatingPointError(f"clip {index + 1} of {timeline.clips} came out as NaN.")
+            motion = video[:, -settings.motion_frames :]
+            new = timeline.new_frames(index)
+            last = index + 1 == timeline.clips
+            state = None if last else ClipState(index + 1, motion.cpu().clone(), generator.get_state())
+            yield Clip(index, timeline.clips, video[:, new.start : new.stop].cpu(), state)
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """→ [1, 512, text width], the prompt's features followed by zeros, which the transformer does attend to."""
+        tokens = self.tokenizer(
+            prompt_clean(prompt),
+            padding="max_length",
+            max_length=TEXT_TOKENS,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
+        hidden = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return (hidden * tokens.attention_mask[..., None]).to(self.dtype)
+
+    def encode_picture(self, picture: Tensor) -> Tensor:
+        """picture: float32 [3, height, width] in [-1, 1] → [1, 257, CLIP width].
+
+        The picture is squashed to a square (bicubic, not antialiased); the last block and norm of CLIP are not used.
+        """
+        square = F.interpolate(picture[None], (CLIP_SIDE, CLIP_SIDE), mode="bicubic", align_corners=False)
+        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        pixels = ((square / 2 + 0.5) - mean) / std
+        features = self.image_encoder(pixels.to(self.image_encoder.dtype), output_hidden_states=True)
+        return features.hidden_states[-2].to(self.dtype)
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """video: float32 [3, 4n + 1, height, width] in [-1, 1] → float32 latents [16, n + 1, height / 8, width / 8]."""
+        mode = self.vae.encode(video[None]).latent_dist.mode()
+        return ((mode - self._latents_mean) / self._latents_std)[0]
+
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode_video`, clipped to [-1, 1]."""
+        return self.vae.decode(latents[None] * self._latents_std + self._latents_mean).sample[0]
+
+    def _voice(self, speaker: Speaker) -> tuple[int, Callable[[list[list[int]]], Tensor]]:
+        """The voice's length in video frames, and a function from numbers of frames to their features."""
+        voice = speaker.voice
+        if isinstance(voice, Tensor):
+            return len(voice), lambda frames: voice[torch.tensor(frames)]
+        features = VoiceFeatures(self.speech_encoder, normalize_loudness(voice))
+        return len(features), features.gather
+
+    def _given_latents(self, picture: Tensor, frames: int) -> Tensor:
+        """[1, 4 + 16, T, h, w]: a mask that is 1 where a frame is given, and the picture followed by grey, encoded."""
+        clip = torch.zeros(3, frames, *picture.shape[1:], device=self.device)
+        clip[:, 0] = picture
+        latents = self.encode_video(clip)
+        mask = torch.zeros(TEMPORAL_STRIDE, *latents.shape[1:], device=self.device)
+        mask[:, 0] = 1  # in later clips too: their motion frames are held in place, not marked
+        return torch.cat([mask, latents])[None].to(self.dtype)
+
+    def _draw_noise(
+        self, generator: torch.Generator, timeline: Timeline, clip: int, steps: int, height: int, width: int
+    ) -> Tensor:
+        """The noise of one clip, float32 [16, T, h, w]; advances the generator as the published code does.
+
+        That code also draws noise for the motion frames of later clips, once and then at every step, and never uses
+        it. Drawing it here too keeps all later clips on the published stream.
+        """
+
+        def draw(frames: int) -> Tensor:
+            shape = (
+                self.vae.config.z_dim,
+                1 + (frames - 1) // TEMPORAL_STRIDE,
+                height // VAE_STRIDE,
+                width // VAE_STRIDE,
+            )
+            return torch.randn(shape, generator=generator, device=generator.device)
+
+        noise = draw(timeline.frames_per_clip)
+        if clip > 0:
+            for _ in range(1 + steps):
+                draw(timeline.motion_frames)
+        return noise.to(self.device)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        motion_latents: Tensor,
+        conditions: _Conditions,
+        settings: Settings,
+        shift: float,
+        report: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """Noise → latents, by Euler steps along the predicted velocity; the motion frames stay as given throughout."""
+        given = motion_latents.shape[1]
+        times = torch.from_numpy(timesteps(settings.steps, shift)).to(self.device)
+        latents = latents.clone()
+        latents[:, :given] = motion_latents
+        for step in range(settings.steps):
+            predictions = [
+                self._predict(latents, times[step], conditions, guided) for guided in passes(settings.text_guidance)
+            ]
+            velocity = combine(predictions, settings.text_guidance, settings.audio_guidance)
+            latents = latents - velocity * ((times[step] - times[step + 1]) / 1000)
+            latents[:, :given] = motion_latents
+            report(step, latents)
+        return latents
+
+    def _predict(self, latents: Tensor, time: Tensor, conditions: _Conditions, guided: Pass) -> Tensor:
+        """One forward of the transformer: float32 [16, T, h, w], the velocity from picture to noise."""
+        prediction = self.transformer(
+            torch.cat([latents[None].to(self.dtype), conditions.latents], dim=1),
+            time[None],
+            conditions.prompt if guided.prompt else conditions.negative_prompt,
+            conditions.picture,
+            conditions.audio if guided.voice else torch.zeros_like(conditions.audio),
+        )
+        return prediction[0].float()

@@ -1,0 +1,30 @@
+"""What several tests share: the golden cases, tiny snapshots written once, and a pipeline on each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads must not take the other tests' core
+
+from infinitetalk import InfiniteTalkPipeline
+
+REPOSITORY = Path(__file__).parent.parent
+GOLDENS = REPOSITORY / "tests" / "goldens"
+
+
+@pytest.fixture(scope="session")
+def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the three snapshots in their published layout, with tiny random weights."""
+    folder = tmp_path_factory.mktemp("models") / "snapshots"
+    subprocess.run([sys.executable, REPOSITORY / "scripts" / "make_tiny_snapshots.py", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(snapshots: Path) -> InfiniteTalkPipeline:
+    return InfiniteTalkPipeline.from_snapshots(
+        snapshots / "Wan2.1-I2V-14B-480P", snapshots / "InfiniteTalk", snapshots / "chinese-wav2vec2-base", "cpu"
+    )
