@@ -1,0 +1,474 @@
+"""Runs every golden case of the published implementation through the public API, and says how far off we are.
+
+    python scripts/check_parity.py GOLDENS_DIR [--only GLOB ...]
+
+A golden case is a recorded input and output: `<group>_cases.safetensors` or `e2e/<case>.safetensors` with a .json of
+the same name beside it. Prints for each case the largest and mean absolute difference and the tolerance. Exit status:
+0 if every case that was run is within its tolerance, 1 if any is out or of a form unknown here. Cases that the
+product cannot run yet are listed at the end with the reason.
+"""
+
+import argparse
+import fnmatch
+import itertools
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from safetensors.torch import load_file
+from torch import Tensor
+
+from avatar_api.media import read_picture, read_voice
+from infinitetalk import InfiniteTalkPipeline, InputError, Settings, Speaker, Step, checkpoints
+from infinitetalk.audio import VoiceFeatures, frame_count, normalize_loudness
+from infinitetalk.color import match_color
+from infinitetalk.geometry import BUCKETS, BUCKETS_480P, BUCKETS_720P, nearest_bucket, output_size, resize_and_crop
+from infinitetalk.guidance import timesteps
+from infinitetalk.timeline import plan
+from infinitetalk.transformer import InfiniteTalkTransformer3DModel, sinusoidal_embedding
+
+CPU = torch.device("cpu")
+EXACT = 0.0
+FORWARD = 5e-5  # one pass of a network in float32
+LATENTS = 2e-4  # after denoising: noise perturbed by 1e-6 already moves latents by 1.5e-5
+VIDEO, VIDEO_MEAN = 2e-3, 1e-5
+
+
+class CannotRunYetError(Exception):
+    """The product lacks what the case needs; the message names it."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    maximum: float
+    mean: float
+    tolerance: float
+    mean_tolerance: float = float("inf")
+
+    @property
+    def within(self) -> bool:
+        return self.maximum <= self.tolerance and self.mean <= self.mean_tolerance  # NaN is not within
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    run: Callable[[], list[Difference]]
+
+
+def compare(actual: Any, expected: Any, tolerance: float = EXACT, mean_tolerance: float = float("inf")) -> Difference:
+    actual, expected = (torch.as_tensor(value).double() for value in (actual, expected))
+    if actual.shape != expected.shape:
+        return Difference(float("inf"), float("inf"), tolerance, mean_tolerance)
+    difference = (actual - expected).abs()
+    return Difference(difference.max().item(), difference.mean().item(), tolerance, mean_tolerance)
+
+
+def agree(actual: object, expected: object) -> Difference:
+    return Difference(0.0, 0.0, EXACT) if actual == expected else Difference(float("inf"), float("inf"), EXACT)
+
+
+@cache
+def read_group(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return json.loads((directory / f"{name}.json").read_text()), load_file(directory / f"{name}.safetensors")
+
+
+@cache
+def pipeline(goldens: Path) -> InfiniteTalkPipeline:
+    wan = goldens / "ckpt_tiny"
+    return InfiniteTalkPipeline.from_snapshots(wan, wan / "infinitetalk.safetensors", goldens / "wav2vec2_tiny", CPU)
+
+
+@cache
+def transformer(folder: Path) -> InfiniteTalkTransformer3DModel:
+    return checkpoints.load_transformer(folder, folder / "infinitetalk.safetensors", CPU, torch.float32)
+
+
+# Each group's cases.
+
+
+def wav2vec2_cases(goldens: Path) -> Iterator[Case]:
+    details, tensors = read_group(goldens, "wav2vec2_cases")
+
+    def run(case: str, folder: Path) -> list[Difference]:
+        voice = tensors[f"{case}.waveform"].numpy()
+        features = VoiceFeatures(checkpoints.load_speech_encoder(folder, CPU), voice)
+        heard = features.gather([[frame] for frame in range(frame_count(len(voice)))])[:, 0]
+        return [compare(heard, tensors[f"{case}.embedding"], FORWARD)]
+
+    for case in details["cases"]:
+        for folder in sorted(goldens.glob("wav2vec2_tiny*/")):
+            yield Case(f"{case}.{folder.name}", lambda case=case, folder=folder: run(case, folder))  # type: ignore[misc]
+
+
+def vae_cases(goldens: Path) -> Iterator[Case]:
+    details, tensors = read_group(goldens, "vae_cases")
+
+    def run(case: str) -> list[Difference]:
+        vae = pipeline(goldens)
+        latent = tensors[f"{case}.latent"][0]
+        if case.startswith("dec"):
+            return [compare(vae.decode_video(latent), tensors[f"{case}.video"][0], FORWARD)]
+        if f"{case}.first_frame" in tensors:
+            video = F.pad(tensors[f"{case}.first_frame"][0], (0, 0, 0, 0, 0, 4 * (latent.shape[1] - 1)))
+        else:
+            video = tensors[f"{case}.video"][0]
+        return [compare(vae.encode_video(video), latent, FORWARD)]
+
+    for case in details["cases"]:
+        yield Case(case, lambda case=case: run(case))  # type: ignore[misc]
+
+    def statistics() -> list[Difference]:
+        config = pipeline(goldens).vae.config
+        return [compare(torch.tensor(getattr(config, name)), tensors[name]) for name in ("latents_mean", "latents_std")]
+
+    yield Case("statistics", statistics)
+
+
+def clip_cases(goldens: Path) -> Iterator[Case]:
+    details, tensors = read_group(goldens, "clip_cases")
+
+    def run(case: str) -> list[Difference]:
+        picture = tensors[f"{case}.image_u8"] / 127.5 - 1
+        return [compare(pipeline(goldens).encode_picture(picture), tensors[f"{case}.features"], FORWARD)]
+
+    for case in details["cases"]:
+        yield Case(case, lambda case=case: run(case))  # type: ignore[misc]
+
+
+def t5_cases(goldens: Path) -> Iterator[Case]:
+    details, tensors = read_group(goldens, "t5_cases")
+
+    def run(index: int) -> list[Difference]:
+        encoded = pipeline(goldens).encode_prompt(details["texts"][index])[0]
+        context = tensors[f"context{index}"]
+        return [
+            agree(prompt_clean(details["texts"][index]), details["cleaned"][index]),
+            compare(encoded, F.pad(context, (0, 0, 0, len(encoded) - len(context))), FORWARD),
+        ]
+
+    def run_ids() -> list[Difference]:
+        ids, mask = tensors["rand.ids"], tensors["rand.mask"]
+        hidden = pipeline(goldens).text_encoder(ids, attention_mask=mask).last_hidden_state
+        return [compare(hidden[mask.bool()], tensors["rand.hidden"][mask.bool()], FORWARD)]
+
+    for index in range(len(details["texts"])):
+        yield Case(f"context{index}", lambda index=index: run(index))  # type: ignore[misc]
+    yield Case("rand", run_ids)
+
+
+def frames_cases(goldens: Path) -> Iterator[Case]:
+    details, tensors = read_group(goldens, "frames")
+
+    def run(case: dict[str, Any]) -> list[Difference]:
+        lengths = case["audio_lengths"], case["frame_num"], case["motion_frame"], case["max_frames_num"]
+        if "error" in case:
+            try:
+                plan(*lengths, reference_quirks=True)
+            except InputError:
+                return [agree("refused", "refused")]
+            return [agree("accepted", case["error"])]
+        timeline = plan(*lengths, reference_quirks=True)
+        starts = [timeline.start(clip) for clip in range(timeline.clips)]
+        expected_starts = case["cond_frame_indices"][: case["clips"]]
+        differences = [agree((timeline.total_frames, starts), (case["total"], expected_starts))]
+        for clip in range(case["clips"]):
+            heard = [timeline.audio_window(clip, speaker) for speaker in range(len(case["audio_lengths"]))]
+            differences.append(compare(heard, tensors[f"case{case['id']}.clip{clip}.audio_index"]))
+        return differences
+
+    for case in details["cases"]:
+        yield Case(str(case["id"]), lambda case=case: run(case))  # type: ignore[misc]
+
+
+def dit_cases(goldens: Path, group: str) -> Iterator[Case]:
+    details, tensors = read_group(goldens, f"{group}_cases")
+    folder = goldens / ("ckpt_tiny" if group == "dit_small" else group)
+
+    def run(name: str, case: dict[str, Any]) -> list[Difference]:
+        if case["people"] > 1 and not case["null_audio"]:
+            raise CannotRunYetError("two speakers")
+        model = transformer(folder)
+        latents = torch.cat([tensors[f"{name}.x"][None], tensors[f"{name}.y"]], dim=1)
+        context = tensors[f"{name}.context"]
+        frames = torch.arange(case["audio_start"], case["audio_end"])[:, None] + torch.arange(-2, 3)
+        if name.startswith("base_only"):
+            audio = None
+        elif case["null_audio"]:
+            audio = torch.zeros(1, *frames.shape, 1, model.config.audio_features)
+        else:
+            voice = tensors[f"{name}.full_audio_emb1"]
+            audio = voice[frames.clamp(0, len(voice) - 1)][None]
+        padded = F.pad(context, (0, 0, 0, 512 - len(context)))[None]
+        prediction = model(latents, tensors[f"{name}.t"], padded, tensors[f"{name}.clip_fea"], audio)
+        return [compare(prediction[0], tensors[f"{name}.out"], FORWARD)]
+
+    for name, case in details["cases"].items():
+        yield Case(name, lambda name=name, case=case: run(name, case))  # type: ignore[misc]
+
+
+def e2e_cases(goldens: Path) -> Iterator[Case]:
+    def run(file: Path) -> list[Difference]:
+        details, tensors = read_group(file.parent, file.stem)
+        refuse_what_cannot_run(details)
+        source, arguments = details["input"], details["args"]
+        pipe = pipeline(goldens)
+        picture = read_picture(goldens / source["cond_video"])
+        buckets = {float(ratio): bucket[0] for ratio, bucket in details["buckets"].items()}
+        height, width = nearest_bucket(picture.shape[0], picture.shape[1], buckets)
+        settings = Settings(
+            size=f"{width}x{height}",
+            steps=arguments["sampling_steps"],
+            shift=arguments["shift"],
+            text_guidance=arguments["text_guide_scale"],
+            audio_guidance=arguments["audio_guide_scale"],
+            color_correction=arguments["color_correction_strength"],
+            seed=arguments["seed"],
+            max_frames=arguments["max_frames_num"],
+            frames_per_clip=arguments["frame_num"],
+            motion_frames=arguments["motion_frame"],
+            reference_quirks=True,
+        )
+        differences = [compare(timesteps(settings.steps, settings.shift or 0)[:-1], tensors["timesteps"])]
+
+        def on_step(step: Step) -> None:
+            last = step.step + 1 == step.steps
+            name = f"clip{step.clip}." + ("final_latent" if last else f"step{step.step + 1}.latent_in")
+            differences.append(compare(step.latents, tensors[name], LATENTS))
+
+        voice = torch.load(goldens / source["cond_audio"]["person1"], weights_only=True)
+        with Overridden(pipe.transformer, details["weight_override"]):
+            clips = pipe.generate(picture, [Speaker(voice)], source["prompt"], settings, on_step=on_step)
+            video = torch.cat([clip.video for clip in clips], dim=1)
+        return [*differences, compare(video, tensors["video"], VIDEO, VIDEO_MEAN)]
+
+    for file in sorted((goldens / "e2e").glob("*.json")):
+        yield Case(file.stem, lambda file=file: run(file))  # type: ignore[misc]
+
+
+def refuse_what_cannot_run(details: dict[str, Any]) -> None:
+    if "args_first" in details or details["extra_args"]["use_teacache"]:
+        raise CannotRunYetError("TeaCache")
+    if details["extra_args"]["use_apg"]:
+        raise CannotRunYetError("APG")
+    if len(details["input"]["cond_audio"]) > 1:
+        raise CannotRunYetError("two speakers")
+    if not details["input"]["cond_video"].endswith((".png", ".jpg", ".jpeg", ".webp")):
+        raise CannotRunYetError("video input")
+
+
+class Overridden:
+    """Multiplies one weight for a while: "time_projection.1.weight *= 0.01" in the published names."""
+
+    def __init__(self, model: InfiniteTalkTransformer3DModel, override: str | None) -> None:
+        self.factor = 1.0
+        if override is not None:
+            published, factor = override.split(" *= ")
+            (name,) = convert_wan_transformer_to_diffusers({published: published})
+            self.weight, self.factor = model.get_parameter(name), float(factor)
+
+    def __enter__(self) -> None:
+        if self.factor != 1:
+            self.original = self.weight.clone()
+            self.weight.mul_(self.factor)
+
+    def __exit__(self, *_: object) -> None:
+        if self.factor != 1:
+            self.weight.copy_(self.original)
+
+
+def helpers_cases(goldens: Path) -> Iterator[Case]:
+    """Functions on their own. A case is all that has the same first part of its name: resize0.image, resize0.out."""
+    details, tensors = read_group(goldens, "helpers")
+    names = dict.fromkeys([*details, *tensors])
+    for ignored in ("functions", "tensors"):
+        names.pop(ignored, None)
+    grouped: dict[str, str] = {}
+    for name in names:
+        steps = re.fullmatch(r"timesteps\.shift(.+)\.steps(\d+)", name)
+        grouped[name if steps else name.split(".")[0]] = name
+
+    for case in grouped:
+        yield Case(case, lambda case=case: run_helper(case, details, tensors))  # type: ignore[misc]
+
+
+def run_helper(case: str, details: dict[str, Any], tensors: dict[str, Tensor]) -> list[Difference]:
+    if case.startswith("timesteps"):
+        shift, steps = case.removeprefix("timesteps.shift").split(".steps")
+        return [compare(timesteps(int(steps), float(shift)), tensors[case])]
+    if case == "bucket_table":
+        return [
+            agree(output_size(f"{name}p", entry["h"], entry["w"]), tuple(entry[name]["target"]))
+            for entry in details[case]
+            for name in ("480", "720")
+        ]
+    if case == "bucket_by_ratio":
+        return [
+            agree(
+                nearest_bucket(round(float(ratio) * 1e6), 10**6, BUCKETS[f"{name}p"]), bucket(details, name, expected)
+            )
+            for name, ratios in details[case].items()
+            for ratio, expected in ratios.items()
+        ]
+    if case.startswith("ASPECT_RATIO"):
+        published = {float(ratio): tuple(bucket[0]) for ratio, bucket in details[case].items()}
+        return [agree(BUCKETS_480P if case.endswith("627") else BUCKETS_720P, published)]
+    if re.fullmatch(r"resize\d+", case):
+        cropped = resize_and_crop(tensors[f"{case}.image_u8_hwc"].numpy(), *details[case]["target"])
+        return [compare(cropped, tensors[f"{case}.out_u8"][0, :, 0] / 127.5 - 1, 1e-6)]
+    if case == "color":
+        return [
+            compare(
+                match_color(tensors["color.source"][0], tensors["color.reference"][0, :, 0], strength), out[0], 5e-6
+            )
+            for strength, out in (
+                (float(name.removeprefix("color.out")), out)
+                for name, out in tensors.items()
+                if name.startswith("color.out")
+            )
+        ]
+    if case == "loud_silence":
+        silence = np.zeros(16000, np.float32)
+        return [compare(normalize_loudness(silence), silence)]
+    if case == "loud_short":  # the published code fails here; we leave so short a voice as loud as it is
+        short = np.full(3200, 0.1, np.float32)
+        return [compare(normalize_loudness(short), short)]
+    if re.fullmatch(r"loud\d+", case):
+        return [compare(normalize_loudness(tensors[f"{case}.in"].numpy()), tensors[f"{case}.out"], 1e-6)]
+    if re.fullmatch(r"load\d+", case):  # named after the sample rate in kHz
+        rate = next(rate for rate in (8000, 16000, 22050, 24000, 44100, 48000) if f"load{rate // 1000}" == case)
+        with tempfile.TemporaryDirectory() as folder:
+            wave = Path(folder) / "voice.wav"
+            soundfile.write(wave, tensors[f"{case}.in_stereo"].numpy(), rate, "FLOAT")
+            return [compare(normalize_loudness(read_voice(wave)), tensors[f"{case}.out"], 1e-6)]
+    if case == "sinusoid":
+        dim = tensors["sinusoid.out"].shape[1]
+        return [compare(sinusoidal_embedding(tensors["sinusoid.t"], dim), tensors["sinusoid.out"], 1e-6)]
+    if case == "rope3d":
+        return [min(rope3d(tensors["rope3d.x"], tensors["rope3d.out"]), key=lambda difference: difference.maximum)]
+    if case in ("rope1d", "normscale", "refmap", "multi") or case.startswith("maskresize"):
+        raise CannotRunYetError("two speakers")
+    if case == "apg":
+        raise CannotRunYetError("APG")
+    raise KeyError(f"no check is known for the case {case!r}")
+
+
+def bucket(details: dict[str, Any], name: str, ratio: str) -> tuple[int, ...]:
+    return tuple(details["ASPECT_RATIO_627" if name == "480" else "ASPECT_RATIO_960"][ratio][0])
+
+
+def rope3d(queries: Tensor, expected: Tensor) -> Iterator[Difference]:
+    """One difference for each grid (frames, rows, columns) of so many tokens; the case does not say which it used."""
+    tokens, head_dim = queries.shape[1], queries.shape[3]
+    rope = WanRotaryPosEmbed(head_dim, (1, 1, 1), 1024)
+    sizes = [size for size in range(1, tokens + 1) if tokens % size == 0]
+    for frames, rows, columns in itertools.product(sizes, repeat=3):
+        if frames * rows * columns == tokens:
+            cosines, sines = rope(torch.empty(1, 1, frames, rows, columns))
+            turned = apply_rotary_emb(queries, (cosines[0, :, 0], sines[0, :, 0]), sequence_dim=1)
+            yield compare(turned, expected, 1e-5)
+
+
+GROUPS: dict[str, Callable[[Path], Iterator[Case]]] = {
+    "wav2vec2_cases": wav2vec2_cases,
+    "vae_cases": vae_cases,
+    "clip_cases": clip_cases,
+    "t5_cases": t5_cases,
+    "helpers": helpers_cases,
+    "frames": frames_cases,
+    "dit_small_cases": lambda goldens: dit_cases(goldens, "dit_small"),
+    "dit_hard_cases": lambda goldens: dit_cases(goldens, "dit_hard"),
+    "e2e": e2e_cases,
+}
+
+
+def find_cases(goldens: Path) -> Iterator[Case]:
+    """Every case in the folder, as group/case; a file of an unknown form becomes a case that fails."""
+    present = {file.stem for file in goldens.glob("*.safetensors")} | {"e2e"} & {
+        file.name for file in goldens.iterdir()
+    }
+    if (goldens / "lora").is_dir():
+        yield Case("lora/merged", lambda: not_yet("LoRA"))
+    for group in sorted(present):
+        if group not in GROUPS:
+            yield Case(group, lambda group=group: unknown(group))  # type: ignore[misc]
+            continue
+        for case in GROUPS[group](goldens):
+            yield Case(f"{group.removesuffix('_cases')}/{case.name}", case.run)
+
+
+@torch.no_grad()
+def run_case(case: Case) -> list[Difference]:
+    return case.run()
+
+
+def not_yet(feature: str) -> list[Difference]:
+    raise CannotRunYetError(feature)
+
+
+def unknown(group: str) -> list[Difference]:
+    raise KeyError(f"no check is known for files named {group!r}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("goldens", type=Path, metavar="GOLDENS_DIR")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="GLOB", help="e.g. vae 'dit_small/single*' e2e/clip"
+    )
+    options = parser.parse_args(arguments)
+    if not options.goldens.is_dir():
+        parser.error(f"{options.goldens} is not a folder")
+
+    def selected(name: str) -> bool:
+        parts = (name, *name.split("/"))
+        return any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in options.only)
+
+    cases = [case for case in find_cases(options.goldens) if selected(case.name)]
+    if not cases:
+        parser.error(f"no case in {options.goldens} matches {' '.join(options.only)}")
+    passed, failed, waiting = 0, [], []
+    print(f"{'case':40} {'max':>9} {'mean':>9} {'tolerance':>9}")
+    for case in cases:
+        try:
+            differences = run_case(case)
+        except CannotRunYetError as reason:
+            waiting.append(f"{case.name} ({reason})")
+            continue
+        except (KeyError, OSError, ValueError, RuntimeError) as error:
+            print(f"{case.name:40} cannot be read: {error!r}")
+            failed.append(case.name)
+            continue
+        worst = max(differences, key=lambda difference: (not difference.within, difference.maximum))
+        within = all(difference.within for difference in differences)
+        print(
+            f"{case.name:40} {worst.maximum:9.1e} {worst.mean:9.1e} {worst.tolerance:9.1e} {'' if within else '  OUT'}"
+        )
+        if within:
+            passed += 1
+        else:
+            failed.append(case.name)
+    print(f"\n{passed} within tolerance, {len(failed)} out or unknown, {len(waiting)} cannot be run yet")
+    for name in failed:
+        print(f"  out or unknown: {name}")
+    for name in waiting:
+        print(f"  cannot be run yet: {name}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
