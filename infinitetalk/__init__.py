@@ -1,6 +1,5 @@
-"""InfiniteTalk: a picture and a voice become a talking video. The model, and nothing else."""
+"""InfiniteTalk: a picture and a voice become a talking video. The model, and nothing else.
 
-from infinitetalk.errors import CheckpointError, InputError
-from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Settings, Speaker, Step
-
-__all__ = ["CheckpointError", "Clip", "ClipState", "InfiniteTalkPipeline", "InputError", "Settings", "Speaker", "Step"]
+Start at `infinitetalk.pipeline`. Nothing is imported here, so that whoever needs only the errors or the arithmetic does
+not wait for torch.
+"""

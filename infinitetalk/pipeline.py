@@ -176,7 +176,12 @@ class InfiniteTalkPipeline:
         On a GPU, the default where there is one, in the published precisions: transformer and T5 bfloat16, CLIP
         float16, VAE and speech encoder float32. On a CPU everything is float32. Raises CheckpointError.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            message = f"device is {str(device)!r}, which this machine does not have; use 'cuda' or 'cpu'."
+            raise InputError("device", message) from error
         half, clip_half = (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
         return cls(
             checkpoints.load_transformer(wan, infinitetalk, device, half),

@@ -33,11 +33,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from avatar_api.media import read_picture, read_voice
-from infinitetalk import InfiniteTalkPipeline, InputError, Settings, Speaker, Step, checkpoints
+from infinitetalk import checkpoints
 from infinitetalk.audio import VoiceFeatures, frame_count, normalize_loudness
 from infinitetalk.color import match_color
+from infinitetalk.errors import InputError
 from infinitetalk.geometry import BUCKETS, BUCKETS_480P, BUCKETS_720P, nearest_bucket, output_size, resize_and_crop
 from infinitetalk.guidance import timesteps
+from infinitetalk.pipeline import InfiniteTalkPipeline, Settings, Speaker, Step
 from infinitetalk.timeline import plan
 from infinitetalk.transformer import InfiniteTalkTransformer3DModel, sinusoidal_embedding
 

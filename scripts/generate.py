@@ -59,10 +59,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
     given = read_input(options)
     with console.status("Starting"):
         from avatar_api.media import VideoWriter, read_picture, read_voice
-        from infinitetalk import InfiniteTalkPipeline, Settings, Speaker, Step
         from infinitetalk.geometry import output_size
+        from infinitetalk.pipeline import InfiniteTalkPipeline, Settings, Speaker, Step
         from infinitetalk.timeline import FRAMES_PER_SECOND
 
+    if options.max_seconds is not None and not options.max_seconds >= 1 / FRAMES_PER_SECOND:
+        raise InputError(
+            "max_seconds", f"max_seconds is {options.max_seconds}; a video has at least one frame, 0.04 s."
+        )
     settings = Settings(
         size=options.size,
         steps=options.steps,
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         audio_guidance=options.audio_guidance,
         color_correction=options.color_correction,
         seed=options.seed,
-        max_frames=options.max_seconds and round(options.max_seconds * FRAMES_PER_SECOND),
+        max_frames=None if options.max_seconds is None else round(options.max_seconds * FRAMES_PER_SECOND),
     )
     picture = read_picture(given.picture, "picture")
     height, width = output_size(settings.size, *picture.shape[:2])

@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads must not take the other tests' core
 
-from infinitetalk import InfiniteTalkPipeline
+from infinitetalk.pipeline import InfiniteTalkPipeline
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDENS = REPOSITORY / "tests" / "goldens"

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import Wav2Vec2Model
 
-from infinitetalk import InfiniteTalkPipeline, audio
+from infinitetalk import audio
 from infinitetalk.audio import VoiceFeatures, frame_count, normalize_loudness, standardize
+from infinitetalk.pipeline import InfiniteTalkPipeline
 
 
 def voice(seconds: float, seed: int = 0) -> np.ndarray:

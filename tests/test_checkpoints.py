@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infinitetalk import CheckpointError, InfiniteTalkPipeline
+from infinitetalk.errors import CheckpointError
+from infinitetalk.pipeline import InfiniteTalkPipeline
 
 WAN = "Wan2.1-I2V-14B-480P"
 SHARD = f"{WAN}/diffusion_pytorch_model-00003-of-00007.safetensors"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from infinitetalk import InputError
+from infinitetalk.errors import InputError
 from infinitetalk.geometry import output_size, resize_and_crop
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from infinitetalk import InputError
+from infinitetalk.errors import InputError
 from infinitetalk.timeline import plan
 
 LENGTHS = [1, 2, 40, 80, 81, 82, 152, 153, 154, 225, 226, 1000, 45000]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infinitetalk import InfiniteTalkPipeline, checkpoints
+from infinitetalk import checkpoints
+from infinitetalk.pipeline import InfiniteTalkPipeline
 from infinitetalk.transformer import AudioCrossAttention, AudioProjection, InfiniteTalkTransformer3DModel
 
 
