@@ -24,17 +24,17 @@ def match_color(video: Tensor, reference: Tensor, strength: float) -> Tensor:
     """
     if strength == 0:
         return video
-    reference_lab = _lab_from_rgb(_unit(reference).flatten(1))
+    reference_lab = lab_from_rgb(_unit(reference).flatten(1))
     mean = reference_lab.mean(dim=1, keepdim=True)
     std = reference_lab.std(dim=1, keepdim=True, correction=0)
     matched = torch.empty_like(video)
     for index in range(video.shape[1]):  # frame by frame: float64 copies of a whole clip would be large
         frame = _unit(video[:, index])
-        lab = _lab_from_rgb(frame.flatten(1))
+        lab = lab_from_rgb(frame.flatten(1))
         lab_mean = lab.mean(dim=1, keepdim=True)
         lab_std = lab.std(dim=1, keepdim=True, correction=0)
         scale = torch.where(lab_std == 0, 0.0, std / lab_std)
-        rgb = _rgb_from_lab((lab - lab_mean) * scale + mean).view_as(frame)
+        rgb = rgb_from_lab((lab - lab_mean) * scale + mean).view_as(frame)
         matched[:, index] = ((1 - strength) * frame + strength * rgb).to(video.dtype) * 2 - 1
     return matched
 
@@ -43,7 +43,7 @@ def _unit(pixels: Tensor) -> Tensor:
     return ((pixels.double() + 1) / 2).clamp(0, 1)
 
 
-def _lab_from_rgb(rgb: Tensor) -> Tensor:
+def lab_from_rgb(rgb: Tensor) -> Tensor:
     """[3, pixels] sRGB in [0, 1] → [3, pixels] Lab."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     xyz = (_XYZ_FROM_RGB.to(rgb.device) @ linear) / _WHITE.to(rgb.device)[:, None]
@@ -51,7 +51,7 @@ def _lab_from_rgb(rgb: Tensor) -> Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def _rgb_from_lab(lab: Tensor) -> Tensor:
+def rgb_from_lab(lab: Tensor) -> Tensor:
     """[3, pixels] Lab → [3, pixels] sRGB, clipped to [0, 1]."""
     y = (lab[0] + 16) / 116
     x = lab[1] / 500 + y

@@ -7,9 +7,7 @@ import math
 import re
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from infinitetalk.errors import InputError
 
@@ -56,16 +54,22 @@ def output_size(size: str, height: int, width: int) -> tuple[int, int]:
     return out_height, out_width
 
 
-def resize_and_crop(picture: np.ndarray, height: int, width: int) -> Tensor:
+def cover(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:
+    """How a picture is scaled to cover a target, both (height, width): scaled height and width, top and left to cut.
+
+    Rounding up in floating point now and then gives one row or column too many; the published model saw it so.
+    """
+    scale = max(target[0] / source[0], target[1] / source[1])
+    height, width = math.ceil(scale * source[0]), math.ceil(scale * source[1])
+    return height, width, round((height - target[0]) / 2), round((width - target[1]) / 2)
+
+
+def resize_and_crop(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scale a picture until it covers `height` x `width`, then cut that out of its middle.
 
     picture: uint8 [h, w, 3] → float32 [3, height, width] in [-1, 1]. Bilinear with antialiasing, as Pillow does it.
     """
-    source_height, source_width = picture.shape[:2]
-    scale = max(height / source_height, width / source_width)
-    # Rounding up in floating point now and then gives one row or column too many; the published model saw it so.
-    scaled_height, scaled_width = math.ceil(scale * source_height), math.ceil(scale * source_width)
+    scaled_height, scaled_width, top, left = cover((picture.shape[0], picture.shape[1]), (height, width))
     scaled = Image.fromarray(picture).resize((scaled_width, scaled_height), Image.Resampling.BILINEAR)
-    top, left = round((scaled_height - height) / 2), round((scaled_width - width) / 2)
     cropped = np.asarray(scaled)[top : top + height, left : left + width]
-    return (torch.from_numpy(cropped.copy()).permute(2, 0, 1).float() / 255 - 0.5) * 2
+    return (cropped.transpose(2, 0, 1).astype(np.float32) / 255 - 0.5) * 2

@@ -24,54 +24,15 @@ from infinitetalk.color import match_color
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import output_size, resize_and_crop
 from infinitetalk.guidance import Pass, combine, default_shift, passes, timesteps
+from infinitetalk.settings import Settings
 from infinitetalk.timeline import Timeline, plan
 from infinitetalk.transformer import TEMPORAL_STRIDE, InfiniteTalkTransformer3DModel
 
-NEGATIVE_PROMPT = (
-    "bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
-    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
-    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
-    "legs, many people in the background, walking backwards"
-)
 TEXT_TOKENS = 512
 CLIP_SIDE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VAE_STRIDE = 8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to generate. The defaults are the published ones."""
-
-    size: str = "480p"
-    """"480p", "720p" (the bucket nearest to the picture's aspect ratio) or "WIDTHxHEIGHT", multiples of 16 pixels."""
-    steps: int = 40
-    shift: float | None = None
-    """Pushes the noise levels towards the noisy end; None: 7 at 480p, 11 at 720p."""
-    text_guidance: float = 5.0
-    """1 turns text guidance off and saves a third of the time."""
-    audio_guidance: float = 4.0
-    color_correction: float = 1.0
-    """0 to 1: how far each frame's colours are pulled back to the picture's."""
-    seed: int = 42
-    max_frames: int | None = None
-    """Stop after this many frames at 25 per second; None: as long as the voice."""
-    frames_per_clip: int = 81
-    motion_frames: int = 9
-    negative_prompt: str = NEGATIVE_PROMPT
-    reference_quirks: bool = False
-    """Keep what the published code does where it is arguably wrong (see `timeline.plan`)."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 1000:
-            raise InputError("steps", f"steps is {self.steps}; it must be between 1 and 1000.")
-        if self.shift is not None and not self.shift > 0:
-            raise InputError("shift", f"shift is {self.shift}; it must be greater than 0.")
-        if not 0 <= self.color_correction <= 1:
-            raise InputError("color_correction", f"color_correction is {self.color_correction}; use 0 to 1.")
-        if not 0 <= self.seed < 2**63:
-            raise InputError("seed", f"seed is {self.seed}; it must be between 0 and 2^63 - 1.")
 
 
 @dataclass(frozen=True)
@@ -226,7 +187,7 @@ class InfiniteTalkPipeline:
         if resume_from is not None:
             generator.set_state(resume_from.random_state)
 
-        picture = resize_and_crop(reference, height, width).to(self.device)
+        picture = torch.from_numpy(resize_and_crop(reference, height, width)).to(self.device)
         given = self._given_latents(picture, settings.frames_per_clip)
         picture_features = self.encode_picture(picture)
         prompt_features = self.encode_prompt(prompt)

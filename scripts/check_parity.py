@@ -37,9 +37,18 @@ from infinitetalk import checkpoints
 from infinitetalk.audio import VoiceFeatures, frame_count, normalize_loudness
 from infinitetalk.color import match_color
 from infinitetalk.errors import InputError
-from infinitetalk.geometry import BUCKETS, BUCKETS_480P, BUCKETS_720P, nearest_bucket, output_size, resize_and_crop
+from infinitetalk.geometry import (
+    BUCKETS,
+    BUCKETS_480P,
+    BUCKETS_720P,
+    cover,
+    nearest_bucket,
+    output_size,
+    resize_and_crop,
+)
 from infinitetalk.guidance import timesteps
-from infinitetalk.pipeline import InfiniteTalkPipeline, Settings, Speaker, Step
+from infinitetalk.pipeline import InfiniteTalkPipeline, Speaker, Step
+from infinitetalk.settings import Settings
 from infinitetalk.timeline import plan
 from infinitetalk.transformer import InfiniteTalkTransformer3DModel, sinusoidal_embedding
 
@@ -313,11 +322,13 @@ def run_helper(case: str, details: dict[str, Any], tensors: dict[str, Tensor]) -
         shift, steps = case.removeprefix("timesteps.shift").split(".steps")
         return [compare(timesteps(int(steps), float(shift)), tensors[case])]
     if case == "bucket_table":
-        return [
-            agree(output_size(f"{name}p", entry["h"], entry["w"]), tuple(entry[name]["target"]))
-            for entry in details[case]
-            for name in ("480", "720")
-        ]
+        differences = []
+        for entry, name in itertools.product(details[case], ("480", "720")):
+            source, expected = (entry["h"], entry["w"]), entry[name]
+            target = output_size(f"{name}p", *source)
+            differences.append(agree(target, tuple(expected["target"])))
+            differences.append(agree(cover(source, target), (*expected["resized"], expected["top"], expected["left"])))
+        return differences
     if case == "bucket_by_ratio":
         return [
             agree(

@@ -60,7 +60,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     with console.status("Starting"):
         from avatar_api.media import VideoWriter, read_picture, read_voice
         from infinitetalk.geometry import output_size
-        from infinitetalk.pipeline import InfiniteTalkPipeline, Settings, Speaker, Step
+        from infinitetalk.pipeline import InfiniteTalkPipeline, Speaker, Step
+        from infinitetalk.settings import Settings
         from infinitetalk.timeline import FRAMES_PER_SECOND
 
     if options.max_seconds is not None and not options.max_seconds >= 1 / FRAMES_PER_SECOND:

@@ -69,18 +69,35 @@ def test_a_long_voice_is_encoded_in_windows_close_to_the_whole(
     assert shift < misplaced / 2, "one frame off would be worse"
 
 
-@torch.no_grad()
-def test_only_the_windows_in_use_are_kept(pipeline: InfiniteTalkPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "WINDOW_FRAMES", 25)
-    monkeypatch.setattr(audio, "CONTEXT_FRAMES", 5)
-    encoded: list[int] = []
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths, in frames, of what was given to the encoder."""
+    lengths: list[int] = []
     encode = audio.encode
 
     def counted(encoder: Wav2Vec2Model, samples: torch.Tensor, frames: int) -> torch.Tensor:
-        encoded.append(frames)
+        lengths.append(frames)
         return encode(encoder, samples, frames)
 
     monkeypatch.setattr(audio, "encode", counted)
+    return lengths
+
+
+@torch.no_grad()
+def test_two_minutes_are_encoded_whole_and_more_with_ten_seconds_around(
+    pipeline: InfiniteTalkPipeline, encoded: list[int]
+) -> None:
+    VoiceFeatures(pipeline.speech_encoder, np.zeros(120 * 16000, np.float32)).gather([[0]])
+    VoiceFeatures(pipeline.speech_encoder, np.zeros(200 * 16000, np.float32)).gather([[0, 4000]])
+    assert encoded == [3000, 3000 + 250, 250 + 2000]
+
+
+@torch.no_grad()
+def test_only_the_windows_in_use_are_kept(
+    pipeline: InfiniteTalkPipeline, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    monkeypatch.setattr(audio, "WINDOW_FRAMES", 25)
+    monkeypatch.setattr(audio, "CONTEXT_FRAMES", 5)
     features = VoiceFeatures(pipeline.speech_encoder, voice(8))
     for frame in range(199):
         features.gather([[frame, frame + 1]])

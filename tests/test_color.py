@@ -1,8 +1,9 @@
 """Colours are pulled back to those of the picture."""
 
+import pytest
 import torch
 
-from infinitetalk.color import match_color
+from infinitetalk.color import lab_from_rgb, match_color, rgb_from_lab
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,3 +42,29 @@ def test_frames_are_matched_one_by_one() -> None:
     together = match_color(video, picture, 1.0)
     apart = torch.cat([match_color(video[:, i : i + 1], picture, 1.0) for i in range(3)], dim=1)
     assert torch.equal(together, apart)
+
+
+# sRGB → Lab by the formulas of IEC 61966-2-1 and CIE 15 in double precision: red, green, blue, white, a mixed colour,
+# and colours on either side of the points where the formulas change over.
+LAB_OF_RGB = [
+    ((1, 0, 0), (53.240587944, 80.092308226, 67.202751044)),
+    ((0, 1, 0), (87.735099488, -86.183029744, 83.179703175)),
+    ((0, 0, 1), (32.295672565, 79.185590912, -107.857300207)),
+    ((1, 1, 1), (100.0, -0.002454938, 0.004653421)),
+    ((0.2, 0.4, 0.8), (45.031169617, 18.708085048, -57.849319689)),
+    ((0.0401, 0.039, 0.0404), (2.75007492, 0.122816086, -0.108924214)),
+    ((0.092028915, 0.092028915, 0.092028915), (7.97606836, -0.000506396, 0.000959874)),
+    ((0, 0, 0), (0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("rgb", "lab"), LAB_OF_RGB)
+def test_lab_follows_the_standard_to_seven_digits(rgb: tuple[float, ...], lab: tuple[float, ...]) -> None:
+    pixel = torch.tensor(rgb, dtype=torch.float64)[:, None]
+    assert lab_from_rgb(pixel)[:, 0].tolist() == pytest.approx(lab, abs=2e-7)
+    assert rgb_from_lab(lab_from_rgb(pixel))[:, 0].tolist() == pytest.approx(rgb, abs=1e-5)
+
+
+def test_lab_and_back_is_the_same_colour_for_every_grey() -> None:
+    greys = torch.linspace(0, 1, 1001, dtype=torch.float64).expand(3, -1)
+    torch.testing.assert_close(rgb_from_lab(lab_from_rgb(greys)), greys, atol=2e-7, rtol=0)

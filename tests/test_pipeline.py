@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from infinitetalk.errors import InputError
-from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Settings, Speaker, Step
+from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Speaker, Step
+from infinitetalk.settings import Settings
 
 SHORT = Settings(size="64x64", steps=2, frames_per_clip=17, motion_frames=5)
 PICTURE = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)

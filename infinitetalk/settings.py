@@ -1,0 +1,46 @@
+"""What can be asked of a generation, with the published defaults."""
+
+from dataclasses import dataclass
+
+from infinitetalk.errors import InputError
+
+NEGATIVE_PROMPT = (
+    "bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. The defaults are the published ones."""
+
+    size: str = "480p"
+    """"480p", "720p" (the bucket nearest to the picture's aspect ratio) or "WIDTHxHEIGHT", multiples of 16 pixels."""
+    steps: int = 40
+    shift: float | None = None
+    """Pushes the noise levels towards the noisy end; None: 7 at 480p, 11 at 720p."""
+    text_guidance: float = 5.0
+    """1 turns text guidance off and saves a third of the time."""
+    audio_guidance: float = 4.0
+    color_correction: float = 1.0
+    """0 to 1: how far each frame's colours are pulled back to the picture's."""
+    seed: int = 42
+    max_frames: int | None = None
+    """Stop after this many frames at 25 per second; None: as long as the voice."""
+    frames_per_clip: int = 81
+    motion_frames: int = 9
+    negative_prompt: str = NEGATIVE_PROMPT
+    reference_quirks: bool = False
+    """Keep what the published code does where it is arguably wrong (see `timeline.plan`)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 1000:
+            raise InputError("steps", f"steps is {self.steps}; it must be between 1 and 1000.")
+        if self.shift is not None and not self.shift > 0:
+            raise InputError("shift", f"shift is {self.shift}; it must be greater than 0.")
+        if not 0 <= self.color_correction <= 1:
+            raise InputError("color_correction", f"color_correction is {self.color_correction}; use 0 to 1.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError("seed", f"seed is {self.seed}; it must be between 0 and 2^63 - 1.")
