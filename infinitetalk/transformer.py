@@ -128,8 +128,8 @@ class InfiniteTalkTransformer3DModel(WanTransformer3DModel):
         audio_hidden: int,
         audio_tokens: int,
         audio_width: int,
-        audio_window: int = 5,
-        eps: float = 1e-6,
+        audio_window: int,
+        eps: float,
     ) -> None:
         dim = num_attention_heads * attention_head_dim
         super().__init__(

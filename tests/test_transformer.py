@@ -49,6 +49,25 @@ def test_small_audio_features_are_normalised_with_the_published_epsilon() -> Non
 
 
 @torch.no_grad()
+def test_every_norm_of_a_block_has_the_published_epsilon(pipeline: InfiniteTalkPipeline) -> None:
+    block = pipeline.transformer.blocks[0]
+    faint = torch.tensor([0.001, -0.001]).repeat(32)
+    expected = (1e-6 / (1e-6 + 1e-6)) ** 0.5
+    for norm in (block.norm1, block.norm3):
+        assert norm(faint)[0].item() == pytest.approx(expected, rel=1e-4)
+    for norm in (block.norm2, block.norm_x):
+        assert ((norm(faint)[0] - norm.bias[0]) / norm.weight[0]).item() == pytest.approx(expected, rel=1e-4)
+    for norm in (
+        block.attn1.norm_q,
+        block.attn1.norm_k,
+        block.attn2.norm_q,
+        block.attn2.norm_k,
+        block.attn2.norm_added_k,
+    ):
+        assert (norm(faint)[0] / norm.weight[0]).item() == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
 def test_bfloat16_stays_close_to_float32_and_keeps_time_and_head_in_float32(
     pipeline: InfiniteTalkPipeline, snapshots: Path
 ) -> None:
