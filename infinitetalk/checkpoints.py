@@ -152,8 +152,7 @@ def load_image_encoder(wan: Path, device: torch.device, dtype: torch.dtype) -> C
         hidden_size=width,
         intermediate_size=tensors.shape("visual.transformer.0.mlp.0.weight")[0],
         num_hidden_layers=_count_blocks(tensors, "visual.transformer."),
-        # The file does not say: open-clip's large vision transformers have 16 heads, narrow ones 16 channels a head.
-        num_attention_heads=min(16, width // 16),
+        num_attention_heads=clip_heads(width),
         image_size=patch * round((tokens - 1) ** 0.5),
         patch_size=patch,
         hidden_act="gelu",
@@ -163,6 +162,11 @@ def load_image_encoder(wan: Path, device: torch.device, dtype: torch.dtype) -> C
         encoder = CLIPVisionModel(config)
     _fill(encoder, tensors, _clip_name, device, lambda _: dtype, convert=_clip_tensors)
     return encoder.to(device).eval()
+
+
+def clip_heads(width: int) -> int:
+    """CLIP's attention heads, which its file does not tell: 16 in open-clip's ViT-L to bigG, none under 16 wide."""
+    return min(16, width // 16)
 
 
 def load_speech_encoder(folder: Path, device: torch.device) -> Wav2Vec2Model:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from infinitetalk import checkpoints
 from infinitetalk.errors import CheckpointError
 from infinitetalk.pipeline import InfiniteTalkPipeline
 
@@ -154,6 +155,10 @@ def test_a_config_without_an_entry_names_it(models: Path) -> None:
 def test_a_folder_that_is_not_a_snapshot_is_named(models: Path) -> None:
     shutil.rmtree(models / WAN / "google")
     assert "umt5-xxl" in refusal(models)
+
+
+def test_the_published_image_encoder_has_16_heads_of_80() -> None:
+    assert checkpoints.clip_heads(1280) == 16
 
 
 def test_audio_weights_may_be_one_file(snapshots: Path) -> None:

@@ -14,6 +14,7 @@ from infinitetalk.guidance import (
     passes,
     timesteps,
 )
+from infinitetalk.settings import Settings
 
 
 def test_three_passes_in_the_published_order_and_two_without_text_guidance() -> None:
@@ -52,3 +53,15 @@ def test_a_shift_of_one_leaves_the_steps_even() -> None:
 @pytest.mark.parametrize(("size", "shift"), [("480p", 7.0), ("720p", 11.0)])
 def test_every_published_size_gets_its_published_shift(size: str, shift: float) -> None:
     assert {default_shift(*bucket) for bucket in BUCKETS[size].values()} == {shift}
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    defaults = Settings()
+    assert (defaults.steps, defaults.text_guidance, defaults.audio_guidance, defaults.seed) == (40, 5.0, 4.0, 42)
+    assert (defaults.frames_per_clip, defaults.motion_frames, defaults.color_correction) == (81, 9, 1.0)
+    assert (defaults.size, defaults.shift, defaults.max_frames, defaults.reference_quirks) == (
+        "480p",
+        None,
+        None,
+        False,
+    )

@@ -1,6 +1,7 @@
 """The audio branch and the precision of the transformer, beyond what the golden cases pin."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_small_audio_features_are_normalised_with_the_published_epsilon() -> Non
 
 @torch.no_grad()
 def test_every_norm_of_a_block_has_the_published_epsilon(pipeline: InfiniteTalkPipeline) -> None:
-    block = pipeline.transformer.blocks[0]
+    block: Any = pipeline.transformer.blocks[0]
     faint = torch.tensor([0.001, -0.001]).repeat(32)
     expected = (1e-6 / (1e-6 + 1e-6)) ** 0.5
     for norm in (block.norm1, block.norm3):

@@ -1,0 +1,428 @@
+"""Media files: a picture in, a voice in, a video out.
+
+Pictures go through Pillow. Voices go through libsndfile where it knows the format and FFmpeg (PyAV) where it does not,
+as the reference model's loader does. Videos are written by FFmpeg while the frames arrive. Whatever is wrong with a
+caller's file ends in an `InputError` naming the input, the file and the remedy; docs/MEDIA.md lists every case.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from io import FileIO
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+import soundfile
+import soxr
+from av import AudioFrame, AudioStream, VideoFrame
+from av.container import InputContainer
+from av.stream import Discard
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from infinitetalk.errors import InputError
+
+SAMPLE_RATE = 16000  # Hz: what wav2vec2 hears
+FRAMES_PER_SECOND = 25
+
+MAX_PIXELS = 50_000_000
+MIN_SIDE = 16  # pixels
+
+SHORTEST_VOICE = SAMPLE_RATE // FRAMES_PER_SECOND  # samples: one frame of video
+SOURCE_RATES = (1_000, 1_000_000)  # Hz: below, a small file would swell to days of voice; above, nothing records speech
+LOUDEST_SAMPLE = 2.0**32  # full scale is 1.0; floats holding 32-bit integers pass, NaN, infinity and garbage do not
+BLOCK_VALUES = 2**17  # samples times channels decoded at a time
+
+# All that FFmpeg may open: the file it is handed, as a container that holds its sound itself. Playlists (HLS, DASH,
+# concat, SDP, …) would let an uploaded file name other files and addresses.
+FFMPEG_LIMITS = {
+    "protocol_whitelist": "fd",
+    "format_whitelist": "mov,matroska,ogg,mp3,aac,wav,flac,aiff,caf,amr,asf,avi,flv,mpegts,mpeg",
+}
+
+SOUND_RATE = 48000  # Hz: the AAC track of a video
+SOUND_PER_FRAME = SOUND_RATE // FRAMES_PER_SECOND  # samples: 1920, exact, so the sound cannot drift from the picture
+SOUND_BIT_RATE = {"mono": 128_000, "stereo": 192_000}  # bits/s
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # by channels; other numbers have no agreed places
+# So that the same frames give the same bytes: x264's output depends on its number of threads, and its AVX-512 code does
+# not always repeat its own (the encoder in PyAV 18.1, small frames). SSE4.2 repeats, is on every x86 server, and is as
+# fast here.
+ENCODER_THREADS = 4
+ENCODER_OPTIONS = {"preset": "medium", "crf": "18", "profile": "high", "x264-params": "asm=SSE4.2"}
+
+_Samples = NDArray[np.float32]
+_Pixels = NDArray[np.uint8]
+
+_PICTURES: dict[str, Callable[[FileIO], Image.Image]] = {
+    "a PNG picture": PngImagePlugin.PngImageFile,
+    "a JPEG picture": JpegImagePlugin.JpegImageFile,
+    "a WebP picture": WebPImagePlugin.WebPImageFile,
+}
+_TURNS = {  # by EXIF orientation: what brings the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIGNATURES = [  # offset, bytes there, what the file is
+    (0, b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+    (0, b"\xff\xd8\xff", "a JPEG picture"),
+    (8, b"WEBP", "a WebP picture"),
+    (0, b"GIF8", "a GIF picture"),
+    (0, b"BM", "a BMP picture"),
+    (0, b"II*\0", "a TIFF picture"),
+    (0, b"MM\0*", "a TIFF picture"),
+    (4, b"ftypavif", "an AVIF picture"),
+    (4, b"ftyphe", "a HEIC picture"),
+    (4, b"ftypmif1", "a HEIC picture"),
+    (4, b"ftyp", "an MP4 video"),
+    (0, b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (8, b"AVI ", "an AVI video"),
+    (8, b"WAVE", "a WAV sound"),
+    (0, b"fLaC", "a FLAC sound"),
+    (0, b"OggS", "an OGG sound"),
+    (0, b"ID3", "an MP3 sound"),
+    (0, b"\xff\xfb", "an MP3 sound"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+]
+
+
+def read_picture(path: Path, param: str = "input_reference") -> _Pixels:
+    """Read a PNG, JPEG or WebP picture: uint8 [height, width, 3] RGB, upright, transparency over white.
+
+    Animations give their first frame, 16-bit channels their upper 8 bits; colour profiles are ignored. Raises
+    `InputError` for anything else, for damaged files, sides under 16 pixels and more than 50 megapixels (judged from
+    the header, before decoding).
+    """
+    with _open(path, param) as file:
+        looks_like = _looks_like(file)
+        if looks_like not in _PICTURES:
+            raise _refused(path, param, f"looks like {looks_like}; send a PNG, JPEG or WebP picture")
+        try:
+            # Not Image.open: its own size check would warn or raise before ours could name the size.
+            image = _PICTURES[looks_like](file)
+            _check_size(image.size, path, param)
+            image.load()
+            return _rgb(image)
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # Pillow raises nearly any type on damaged data
+            problem = f"looks like {looks_like}, cut off or damaged ({error}); send a whole one"
+            raise _refused(path, param, problem, "damaged_file") from error
+
+
+def _check_size(size: tuple[int, int], path: Path, param: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        problem = f"is {width}x{height}, {width * height:,} pixels; the limit is {MAX_PIXELS:,}: scale it down"
+        raise _refused(path, param, problem, "too_large")
+    if min(width, height) < MIN_SIDE:
+        problem = f"is {width}x{height} pixels; each side needs at least {MIN_SIDE}: send a larger one"
+        raise _refused(path, param, problem, "too_small")
+
+
+def _rgb(image: Image.Image) -> _Pixels:
+    # Not ImageOps.exif_transpose: it also rewrites the EXIF, and fails where cameras were careless.
+    with contextlib.suppress(SyntaxError):  # EXIF that cannot be read turns nothing
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        image = image if turn is None else image.transpose(turn)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255, not scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        image = white
+    return np.array(image.convert("RGB"))
+
+
+def read_voice(path: Path, param: str = "audio", max_seconds: float | None = None) -> _Samples:
+    """Read a sound file, or the sound of a video: float32 [samples], mono, 16 kHz, full scale at ±1, as recorded.
+
+    Equal to librosa.load(path, sr=16000), the reference model's loader: the mean of the channels, resampled by soxr at
+    quality HQ, ceil(samples * 16000 / rate) long. A voice longer than `max_seconds` ends there; a file cut off in the
+    middle plays as far as it goes. Memory is that of the result. Raises `InputError` for files that hold no readable
+    sound, less than 0.04 s of it, or samples that are not numbers.
+    """
+    longest = None if max_seconds is None else round(max_seconds * SAMPLE_RATE)
+    rate, _, blocks = _open_sound(path, param)
+    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+    voice = bytearray()  # grows in place; arrays would be there twice while they are joined
+    heard = 0
+    for block in blocks:
+        voice += resampler.resample_chunk(block.mean(axis=1)).data
+        heard += len(block)
+        if longest is not None and len(voice) >= longest * 4:
+            break
+    voice += resampler.resample_chunk(np.empty(0, np.float32), last=True).data
+
+    samples = math.ceil(heard * SAMPLE_RATE / rate)
+    if samples < SHORTEST_VOICE:
+        lasts = f"lasts {samples / SAMPLE_RATE:.3f} s as far as it can be read"
+        raise _refused(path, param, f"{lasts}; a voice needs at least {1 / FRAMES_PER_SECOND} s", "too_short")
+    if longest is not None:
+        samples = min(samples, longest)
+    del voice[samples * 4 :]
+    voice.extend(bytes(samples * 4 - len(voice)))
+    return np.frombuffer(voice, np.float32)
+
+
+def _open_sound(path: Path, param: str) -> tuple[int, int, Iterator[_Samples]]:
+    """(rate in Hz, channels, blocks as they are decoded: float32 [samples, channels], at least one)."""
+    blocks = _checked_blocks(path, param)
+    rate, first = next(blocks)
+    return rate, first.shape[1], chain([first], (block for _, block in blocks))
+
+
+def _checked_blocks(path: Path, param: str) -> Iterator[tuple[int, _Samples]]:
+    empty = True
+    with _open(path, param) as file:
+        for rate, block in _decoded_blocks(file, path, param):
+            low, high = SOURCE_RATES
+            if not low <= rate <= high:
+                raise _refused(path, param, f"has a sample rate of {rate} Hz; send one from {low} to {high} Hz")
+            if not (np.abs(block) <= LOUDEST_SAMPLE).all():
+                problem = "holds samples that are infinite or not numbers; export it again"
+                raise _refused(path, param, problem, "damaged_file")
+            if len(block):
+                empty = False
+                yield rate, block
+    if empty:
+        raise _refused(path, param, "holds no sound that can be read; send a whole file", "damaged_file")
+
+
+def _decoded_blocks(file: FileIO, path: Path, param: str) -> Iterator[tuple[int, _Samples]]:
+    try:
+        # By descriptor: from a name, soundfile takes the format off the extension.
+        sound = soundfile.SoundFile(file.fileno(), closefd=False)
+    except soundfile.LibsndfileError:
+        return _ffmpeg_blocks(file, path, param)
+    if not sound.frames:  # a recorder that was killed leaves a length of 0 in the header; FFmpeg reads on regardless
+        return _ffmpeg_blocks(file, path, param)
+    return _libsndfile_blocks(sound)
+
+
+def _libsndfile_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, _Samples]]:
+    with sound:
+        while True:
+            start = sound.tell()
+            block = np.empty((_block_length(sound.channels), sound.channels), np.float32)
+            try:
+                block = sound.read(out=block)
+            except soundfile.LibsndfileError:  # cut off or damaged from here on: keep what came before
+                yield sound.samplerate, block[: max(0, sound.tell() - start)]
+                return
+            if not len(block):
+                return
+            yield sound.samplerate, block
+
+
+def _ffmpeg_blocks(file: FileIO, path: Path, param: str) -> Iterator[tuple[int, _Samples]]:
+    remedy = "send a whole WAV, MP3, FLAC, M4A or OGG file, or a video with sound"
+    file.seek(0)
+    try:
+        container = av.open("fd:", "r", options=FFMPEG_LIMITS | {"fd": str(file.fileno())}, metadata_errors="replace")
+    except av.FFmpegError as error:
+        problem = f"looks like {_looks_like(file)}, and no sound can be read from it"
+        raise _refused(path, param, f"{problem}; {remedy}") from error
+    with container:
+        stream = container.streams.best("audio")
+        if not isinstance(stream, AudioStream):
+            raise _refused(path, param, f"has no sound; {remedy}", "no_sound")
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = Discard.all  # hours of picture need not be read from the disk
+        for frame in _one_format(_decoded(container, stream)):
+            yield frame.sample_rate, _samples(frame).reshape(frame.samples, -1)
+
+
+def _decoded(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
+    """Decode all that can be: a damaged packet is left out, and at a damaged or missing end the sound ends."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, IndexError, av.FFmpegError):  # IndexError: PyAV's end of a file that gains a stream
+            return
+        with contextlib.suppress(av.FFmpegError):
+            yield from packet.decode()
+
+
+def _one_format(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
+    """Interleaved float32 in longer frames, all with the first one's rate and layout: joined files change them."""
+    first = next(frames, None)
+    if first is None:
+        return
+    target = ("flt", first.layout.name, first.sample_rate, _block_length(first.layout.nb_channels))
+    resampler, known = av.AudioResampler(*target), _setup(first)
+    for frame in chain([first], frames):
+        if _setup(frame) != known:
+            yield from _resampled(resampler, None)
+            resampler, known = av.AudioResampler(*target), _setup(frame)
+        yield from _resampled(resampler, frame)
+    yield from _resampled(resampler, None)
+
+
+def _setup(frame: AudioFrame) -> tuple[str, str, int]:
+    return frame.format.name, frame.layout.name, frame.sample_rate
+
+
+def _resampled(resampler: av.AudioResampler, frame: AudioFrame | None) -> list[AudioFrame]:
+    try:
+        return resampler.resample(frame)
+    except av.FFmpegError:  # damage that decodes can claim channels that nothing converts: left out as well
+        return []
+
+
+class VideoWriter:
+    """Write an MP4 as its frames arrive: H.264 (BT.709, 25 fps) and, of `sound`, AAC at 48 kHz.
+
+    A context manager. The video is written beside `path`, under a name ending in `.part`, and renamed when the `with`
+    block ends well; otherwise it is removed. The sound is decoded as the frames arrive, at its own quality, mono as
+    mono and anything else as stereo; it is cut, or continued in silence, to end with the picture. The same frames and
+    sound give the same bytes.
+    """
+
+    def __init__(self, path: Path, width: int, height: int, sound: Path | None) -> None:
+        """`width` and `height` in pixels, multiples of 16; `sound` as for `read_voice`, None for a silent film.
+
+        Raises ValueError for another size. Entering raises `InputError` (param "audio") for a sound that cannot be
+        read; leaving raises RuntimeError if no frame was written. A full disk is an OSError.
+        """
+        if min(width, height) < 16 or width % 16 or height % 16:
+            raise ValueError(f"width and height must be multiples of 16, not {width}x{height}")
+        self._path = path
+        self._part = path.with_name(path.name + ".part")
+        self._width, self._height = width, height
+        self._sound_file = sound
+        self._sound: Iterator[_Samples] | None = None
+        self._frames = 0
+
+    def __enter__(self) -> Self:
+        # An absolute path: FFmpeg would take "a:b.mp4" for protocol "a".
+        self._container = av.open(str(self._part.absolute()), "w", format="mp4", options={"movflags": "+faststart"})
+        self._rgb_to_yuv = VideoReformatter()
+        self._video = self._container.add_stream(
+            "libx264",
+            rate=FRAMES_PER_SECOND,
+            width=self._width,
+            height=self._height,
+            options=ENCODER_OPTIONS,
+        )
+        encoder = self._video.codec_context
+        encoder.thread_count = ENCODER_THREADS
+        encoder.color_primaries = ColorPrimaries.BT709
+        encoder.color_trc = ColorTrc.BT709
+        encoder.colorspace = Colorspace.ITU709
+        encoder.color_range = ColorRange.MPEG
+        if self._sound_file is not None:
+            rate, channels, blocks = _open_sound(self._sound_file, "audio")
+            self._layout = "mono" if channels == 1 else "stereo"
+            self._sound = _sound_track(rate, blocks, self._layout)
+            self._audio = self._container.add_stream(
+                "aac", rate=SOUND_RATE, layout=self._layout, bit_rate=SOUND_BIT_RATE[self._layout]
+            )
+        return self
+
+    def write(self, frames: _Pixels) -> None:
+        """Encode `frames`, uint8 [n, height, width, 3] RGB, and as much sound; nothing is kept. Else ValueError."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self._height, self._width, 3):
+            expected = f"uint8 [n, {self._height}, {self._width}, 3]"
+            raise ValueError(f"frames must be {expected}, not {frames.dtype} {list(frames.shape)}")
+        for image in frames:
+            picture = self._rgb_to_yuv.reformat(
+                VideoFrame.from_ndarray(image, "rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
+            picture.pts = self._frames
+            self._container.mux(self._video.encode(picture))
+            if self._sound is not None:
+                sound = AudioFrame.from_ndarray(next(self._sound), "fltp", self._layout)
+                sound.sample_rate = SOUND_RATE
+                sound.pts = self._frames * SOUND_PER_FRAME
+                self._container.mux(self._audio.encode(sound))
+            self._frames += 1
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error_type is None:
+                self._finish()
+        finally:
+            with contextlib.suppress(av.FFmpegError):  # what matters was raised above
+                self._container.close()
+            self._part.unlink(missing_ok=True)
+            self._sound = None  # and with it the open file
+
+    def _finish(self) -> None:
+        if not self._frames:
+            raise RuntimeError(f"no frame was written to {self._path.name}")
+        self._container.mux(self._video.encode(None))
+        if self._sound is not None:
+            self._container.mux(self._audio.encode(None))
+        self._container.close()
+        self._part.replace(self._path)
+
+
+def _sound_track(rate: int, blocks: Iterator[_Samples], layout: str) -> Iterator[_Samples]:
+    """Yield float32 [channels, 1920] at 48 kHz: the sound of one frame of video after another, and then silence."""
+    resampler = av.AudioResampler("fltp", layout, SOUND_RATE, frame_size=SOUND_PER_FRAME)
+    for block in blocks:
+        if block.shape[1] not in LAYOUTS:
+            block = block.mean(axis=1, keepdims=True).repeat(2, axis=1)
+        frame = AudioFrame.from_ndarray(np.clip(block, -1, 1).reshape(1, -1), "flt", LAYOUTS[block.shape[1]])
+        frame.sample_rate = rate
+        for piece in resampler.resample(frame):
+            yield _samples(piece)
+    silence = np.zeros((1 if layout == "mono" else 2, SOUND_PER_FRAME), np.float32)
+    for piece in resampler.resample(None):
+        last = _samples(piece)
+        yield np.concatenate([last, silence[:, last.shape[1] :]], axis=1)
+    while True:
+        yield silence
+
+
+def _block_length(channels: int) -> int:
+    return max(1, BLOCK_VALUES // channels)
+
+
+def _samples(frame: AudioFrame) -> _Samples:
+    return frame.to_ndarray().astype(np.float32, copy=False)
+
+
+def _open(path: Path, param: str) -> FileIO:
+    if not path.exists():
+        raise _refused(path, param, "does not exist; check the path", "not_found")
+    if not path.is_file():
+        raise _refused(path, param, "is not a file; name one file", "not_a_file")
+    if not path.stat().st_size:
+        raise _refused(path, param, "is empty (0 bytes); send it again", "empty_file")
+    return FileIO(path)  # unbuffered: libsndfile and FFmpeg seek in the same descriptor
+
+
+def _looks_like(file: FileIO) -> str:
+    file.seek(0)
+    start = file.read(64)
+    file.seek(0)
+    for offset, signature, name in _SIGNATURES:
+        if start.startswith(signature, offset):
+            return name
+    if all(byte >= 32 or byte in b"\t\n\r" for byte in start):
+        return "text"
+    return "none of the formats known here"
+
+
+def _refused(path: Path, param: str, problem: str, code: str = "unsupported_format") -> InputError:
+    return InputError(param, f"{param}: {path.name or '.'!r} {problem}.", code)

@@ -1,0 +1,83 @@
+"""What a caller may ask for: the one place where a request's values are judged.
+
+Files are judged in `avatar_api.media`, when they are read.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from infinitetalk.errors import InputError
+from infinitetalk.geometry import BUCKETS, output_size
+from infinitetalk.settings import Settings
+from infinitetalk.timeline import FRAMES_PER_SECOND
+
+SMALLEST_SIDE, LARGEST_SIDE = 64, 1280  # pixels, of a size given as WIDTHxHEIGHT
+
+DEFAULTS = Settings()
+
+
+class VideoRequest(BaseModel):
+    """The values of a request beside its files; the published defaults where it says nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    prompt: Annotated[str, Field(max_length=4000, description="What the video shows.")] = ""
+    size: Annotated[str, Field(description="480p, 720p, or WIDTHxHEIGHT in multiples of 16 from 64 to 1280.")] = "480p"
+    steps: Annotated[int, Field(ge=1, le=200, description="Denoising steps per clip.")] = DEFAULTS.steps
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="The same seed gives the same noise.")] = DEFAULTS.seed
+    text_guidance: Annotated[float, Field(ge=1, le=20, description="1 turns it off.")] = DEFAULTS.text_guidance
+    audio_guidance: Annotated[float, Field(ge=0, le=20)] = DEFAULTS.audio_guidance
+    shift: Annotated[float | None, Field(gt=0, le=100, description="Noise schedule; by size if not given.")] = None
+    color_correction: Annotated[float, Field(ge=0, le=1)] = DEFAULTS.color_correction
+    max_seconds: Annotated[
+        float | None, Field(ge=1 / FRAMES_PER_SECOND, description="End the video early; else as long as the voice.")
+    ] = None
+    quality: Annotated[Literal["exact"], Field(description="Only `exact` for now.")] = "exact"
+
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, size: str) -> str:
+        height, width = output_size(size, 1, 1)
+        if size not in BUCKETS and not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in (height, width)):
+            raise InputError(
+                "size", f"size is {size!r}; width and height must be from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels."
+            )
+        return size
+
+    @classmethod
+    def judge(cls, values: dict[str, Any]) -> Self:
+        """A request from what the caller sent. Raises InputError for the first value that cannot be."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _input_error(error) from None
+
+    def settings(self) -> Settings:
+        """As the pipeline takes them."""
+        return Settings(
+            size=self.size,
+            steps=self.steps,
+            shift=self.shift,
+            text_guidance=self.text_guidance,
+            audio_guidance=self.audio_guidance,
+            color_correction=self.color_correction,
+            seed=self.seed,
+            max_frames=None if self.max_seconds is None else round(self.max_seconds * FRAMES_PER_SECOND),
+        )
+
+
+def _input_error(error: ValidationError) -> InputError:
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    param = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(sorted(VideoRequest.model_fields))
+        return InputError(param, f"there is no parameter {param!r}; there are {known}.", "unknown_parameter")
+    shown = repr(first["input"])
+    if len(shown) > 60:
+        shown = shown[:60] + "…"
+    wanted = first["msg"][0].lower() + first["msg"][1:]
+    return InputError(param, f"{param} is {shown}; {wanted.replace('input should', 'it should')}.")

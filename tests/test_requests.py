@@ -1,0 +1,56 @@
+"""Every value of a request is judged in one place, and refused with its name, itself and what would be right."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from avatar_api.requests import VideoRequest
+from infinitetalk.errors import InputError
+from infinitetalk.settings import Settings
+
+
+def test_a_request_that_says_nothing_gets_the_published_defaults() -> None:
+    assert VideoRequest.judge({}).settings() == Settings()
+
+
+def test_values_may_come_as_text_as_forms_send_them() -> None:
+    request = VideoRequest.judge({"steps": "8", "shift": "3.5", "seed": "7", "max_seconds": "2.02", "size": "128x64"})
+    assert request.settings() == Settings(size="128x64", steps=8, shift=3.5, seed=7, max_frames=50)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": "many"}, "steps is 'many'; it should be a valid integer"),
+        ({"steps": 0}, "steps is 0; it should be greater than or equal to 1"),
+        ({"steps": 10_000}, "less than or equal to 200"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "it should be less than"),
+        ({"size": "64"}, "use '480p', '720p' or WIDTHxHEIGHT"),
+        ({"size": "48x64"}, "from 64 to 1280"),
+        ({"size": "64x1296"}, "from 64 to 1280"),
+        ({"size": "100x100"}, "multiples of 16"),
+        ({"text_guidance": "nan"}, "a finite number"),
+        ({"audio_guidance": -1}, "greater than or equal to 0"),
+        ({"color_correction": 2}, "less than or equal to 1"),
+        ({"max_seconds": 0}, "greater than or equal to 0.04"),
+        ({"shift": 0}, "greater than 0"),
+        ({"prompt": "a" * 4001}, "at most 4000 characters"),
+        ({"prompt": 7}, "a valid string"),
+        ({"quality": "fast"}, "'exact'"),
+        ({"sede": 1}, "there is no parameter 'sede'; there are audio_guidance, color_correction"),
+    ],
+)
+def test_a_wrong_value_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        VideoRequest.judge(values)
+    assert refusal.value.param == next(iter(values))
+    assert message in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+
+
+def test_judging_a_request_does_not_wait_for_torch() -> None:
+    program = "import sys, avatar_api.requests, avatar_api.media; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
