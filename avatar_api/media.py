@@ -8,19 +8,19 @@ caller's file ends in an `InputError` naming the input, the file and the remedy;
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from io import FileIO
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import av
 import numpy as np
 import soundfile
 import soxr
-from av import AudioFrame, AudioStream, VideoFrame
+from av import AudioFrame, AudioStream, VideoFrame, VideoStream
 from av.container import InputContainer
-from av.stream import Discard
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
@@ -238,9 +238,6 @@ def _ffmpeg_blocks(file: FileIO, path: Path, param: str) -> Iterator[tuple[int, 
         stream = container.streams.best("audio")
         if not isinstance(stream, AudioStream):
             raise _refused(path, param, f"has no sound; {remedy}", "no_sound")
-        for other in container.streams:
-            if other.index != stream.index:
-                other.discard = Discard.all  # hours of picture need not be read from the disk
         for frame in _one_format(_decoded(container, stream)):
             yield frame.sample_rate, _samples(frame).reshape(frame.samples, -1)
 
@@ -290,6 +287,9 @@ class VideoWriter:
     block ends well; otherwise it is removed. The sound is decoded as the frames arrive, at its own quality, mono as
     mono and anything else as stereo; it is cut, or continued in silence, to end with the picture. The same frames and
     sound give the same bytes.
+
+    Frames are either written or, from silent videos that this class wrote, appended as they are encoded: a long video
+    can be made piece by piece and joined at the end.
     """
 
     def __init__(self, path: Path, width: int, height: int, sound: Path | None) -> None:
@@ -305,32 +305,19 @@ class VideoWriter:
         self._width, self._height = width, height
         self._sound_file = sound
         self._sound: Iterator[_Samples] | None = None
-        self._frames = 0
+        self.frames = 0
+        """How many are written so far."""
 
     def __enter__(self) -> Self:
         # An absolute path: FFmpeg would take "a:b.mp4" for protocol "a".
         self._container = av.open(str(self._part.absolute()), "w", format="mp4", options={"movflags": "+faststart"})
         self._rgb_to_yuv = VideoReformatter()
-        self._video = self._container.add_stream(
-            "libx264",
-            rate=FRAMES_PER_SECOND,
-            width=self._width,
-            height=self._height,
-            options=ENCODER_OPTIONS,
-        )
-        encoder = self._video.codec_context
-        encoder.thread_count = ENCODER_THREADS
-        encoder.color_primaries = ColorPrimaries.BT709
-        encoder.color_trc = ColorTrc.BT709
-        encoder.colorspace = Colorspace.ITU709
-        encoder.color_range = ColorRange.MPEG
+        self._encoder: VideoStream | None = None
+        self._copied: VideoStream | None = None
         if self._sound_file is not None:
             rate, channels, blocks = _open_sound(self._sound_file, "audio")
             self._layout = "mono" if channels == 1 else "stereo"
             self._sound = _sound_track(rate, blocks, self._layout)
-            self._audio = self._container.add_stream(
-                "aac", rate=SOUND_RATE, layout=self._layout, bit_rate=SOUND_BIT_RATE[self._layout]
-            )
         return self
 
     def write(self, frames: _Pixels) -> None:
@@ -338,6 +325,9 @@ class VideoWriter:
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self._height, self._width, 3):
             expected = f"uint8 [n, {self._height}, {self._width}, 3]"
             raise ValueError(f"frames must be {expected}, not {frames.dtype} {list(frames.shape)}")
+        if self._encoder is None:
+            self._encoder = self._add_encoder()
+            self._add_sound()
         for image in frames:
             picture = self._rgb_to_yuv.reformat(
                 VideoFrame.from_ndarray(image, "rgb24"),
@@ -345,14 +335,59 @@ class VideoWriter:
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
             )
-            picture.pts = self._frames
-            self._container.mux(self._video.encode(picture))
-            if self._sound is not None:
-                sound = AudioFrame.from_ndarray(next(self._sound), "fltp", self._layout)
-                sound.sample_rate = SOUND_RATE
-                sound.pts = self._frames * SOUND_PER_FRAME
-                self._container.mux(self._audio.encode(sound))
-            self._frames += 1
+            picture.pts = self.frames
+            self._container.mux(self._encoder.encode(picture))
+            self._end_frame()
+
+    def append(self, video: Path) -> None:
+        """Append the pictures of a silent video of the same size that a VideoWriter wrote, without encoding them again.
+
+        It begins with a picture that needs no other and its last one refers to none beyond, so the pieces of a video
+        join without a seam.
+        """
+        with av.open(
+            str(video.absolute()), options={"protocol_whitelist": "file", "format_whitelist": "mov"}
+        ) as source:
+            pictures = source.streams.video[0]
+            if self._copied is None:
+                self._copied = self._container.add_stream_from_template(pictures)
+                self._add_sound()
+            per_frame = round(1 / (FRAMES_PER_SECOND * cast(Fraction, pictures.time_base)))
+            shift = self.frames * per_frame
+            for packet in source.demux(pictures):
+                if packet.pts is None or packet.dts is None:  # the empty packet at the end
+                    continue
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                packet.stream = self._copied
+                self._container.mux(packet)
+                self._end_frame()
+
+    def _add_encoder(self) -> VideoStream:
+        stream = self._container.add_stream(
+            "libx264", rate=FRAMES_PER_SECOND, width=self._width, height=self._height, options=ENCODER_OPTIONS
+        )
+        encoder = stream.codec_context
+        encoder.thread_count = ENCODER_THREADS
+        encoder.color_primaries = ColorPrimaries.BT709
+        encoder.color_trc = ColorTrc.BT709
+        encoder.colorspace = Colorspace.ITU709
+        encoder.color_range = ColorRange.MPEG
+        return stream
+
+    def _add_sound(self) -> None:
+        if self._sound is not None:
+            self._audio = self._container.add_stream(
+                "aac", rate=SOUND_RATE, layout=self._layout, bit_rate=SOUND_BIT_RATE[self._layout]
+            )
+
+    def _end_frame(self) -> None:
+        """Encode the sound of the frame that was just written."""
+        if self._sound is not None:
+            sound = AudioFrame.from_ndarray(next(self._sound), "fltp", self._layout)
+            sound.sample_rate = SOUND_RATE
+            sound.pts = self.frames * SOUND_PER_FRAME
+            self._container.mux(self._audio.encode(sound))
+        self.frames += 1
 
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -367,9 +402,10 @@ class VideoWriter:
             self._sound = None  # and with it the open file
 
     def _finish(self) -> None:
-        if not self._frames:
+        if not self.frames:
             raise RuntimeError(f"no frame was written to {self._path.name}")
-        self._container.mux(self._video.encode(None))
+        if self._encoder is not None:
+            self._container.mux(self._encoder.encode(None))
         if self._sound is not None:
             self._container.mux(self._audio.encode(None))
         self._container.close()

@@ -195,12 +195,12 @@ def test_50_megapixels_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("width", "height"), [(10_000, 5_001), (100_000, 100_000), (2**31 - 1, 2**31 - 1)])
 def test_more_are_refused_before_anything_is_decoded(tmp_path: Path, width: int, height: int) -> None:
     (tmp_path / "bomb.png").write_bytes(png_of_size(width, height))
-    start = time.monotonic()
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         message = refusal(tmp_path / "bomb.png", "too_large")
     assert f"{width}x{height}, {width * height:,} pixels; the limit is 50,000,000" in message
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 0.5
 
 
 def test_sides_have_at_least_16_pixels(tmp_path: Path) -> None:
@@ -228,6 +228,7 @@ def test_missing_files_folders_and_empty_files_are_refused(tmp_path: Path) -> No
         (b"%PDF-1.7\n%\xc7\xec\x8f\xa2", "a PDF document"),
         (bytes(range(64)), "none of the formats known here"),
     ],
+    ids=["text", "MP4", "HEIC", "AVIF", "PDF", "unknown"],
 )
 def test_other_files_are_refused_with_what_they_look_like(tmp_path: Path, start: bytes, looks_like: str) -> None:
     (tmp_path / "file.png").write_bytes(start)

@@ -167,22 +167,22 @@ def test_two_hours_cost_no_more_time_than_is_taken_of_them(tmp_path: Path, name:
         for _ in range(119):
             meeting.write(np.zeros(60 * 8000, np.int16))
     assert soundfile.info(tmp_path / name).duration == 7200
-    start = time.monotonic()
+    start = time.process_time()
     assert_is_the_tone(read_voice(tmp_path / name, max_seconds=2), 2)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("name", ["lecture.flac", "lecture.mp3", "lecture.m4a"])
 def test_memory_is_that_of_the_voice(tmp_path: Path, name: str) -> None:
     if name.endswith(".m4a"):
-        encode(tmp_path / name, "aac", 32000, sine(300, 32000), layout="mono")
+        encode(tmp_path / name, "aac", 32000, sine(200, 32000), layout="mono")
     else:
-        soundfile.write(tmp_path / name, sine(300, 32000), 32000)
+        soundfile.write(tmp_path / name, sine(200, 32000), 32000)
     tracemalloc.start()
     voice = read_voice(tmp_path / name)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(voice) / SAMPLE_RATE == pytest.approx(300, abs=0.04)
+    assert len(voice) / SAMPLE_RATE == pytest.approx(200, abs=0.04)
     assert peak < 1.15 * voice.nbytes + 4e6
 
 
@@ -238,6 +238,23 @@ def test_damage_in_the_middle_costs_what_is_damaged(tmp_path: Path) -> None:
     assert len(voice) / SAMPLE_RATE == pytest.approx(4, abs=0.3)
     for half in (voice[:30_000], voice[-24_000:]):
         assert pitch(half) == pytest.approx(440, abs=2)
+
+
+def test_an_index_that_breaks_on_the_way_ends_the_voice_there(tmp_path: Path) -> None:
+    path = encode(tmp_path / "call.m4a", "aac", 48000, sine(4, 48000), layout="mono")
+    content = bytearray(path.read_bytes())
+    size_of_packet_100 = content.index(b"stsz") + 16 + 100 * 4
+    content[size_of_packet_100 : size_of_packet_100 + 4] = struct.pack(">I", 0x20000000)
+    path.write_bytes(content)
+    assert_is_the_tone(read_voice(path), 100 * 1024 / 48000)
+
+
+def test_a_picture_may_join_the_sound_on_the_way(tmp_path: Path) -> None:
+    sound = encode(tmp_path / "sound.flv", "aac", 44100, sine(30, 44100), layout="mono").read_bytes()
+    later = encode(tmp_path / "video.flv", "aac", 44100, sine(0.1, 44100), layout="mono", picture=True).read_bytes()
+    (tmp_path / "stream.flv").write_bytes(sound + later[13:])  # without the second header
+    voice = read_voice(tmp_path / "stream.flv")
+    assert len(voice) / SAMPLE_RATE == pytest.approx(30.1, abs=0.1)
 
 
 @pytest.mark.parametrize("length", [0, 0xFFFFFFFF, 0x7FFFFFFF])
@@ -312,6 +329,7 @@ def test_missing_files_folders_and_empty_files_are_refused(tmp_path: Path) -> No
         (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1", "a JPEG picture"),
         (b"PK\x03\x04\x14\0\0\0\x08\0", "a ZIP archive"),
     ],
+    ids=["text", "PNG", "JPEG", "ZIP"],
 )
 def test_files_of_other_kinds_are_refused_with_what_they_look_like(
     tmp_path: Path, start: bytes, looks_like: str
@@ -330,6 +348,7 @@ def test_files_of_other_kinds_are_refused_with_what_they_look_like(
         "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nother.aac\n#EXT-X-ENDLIST\n",
         "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
     ],
+    ids=["a neighbour", "a path", "HLS", "SDP"],
 )
 def test_playlists_cannot_reach_other_files_or_the_network(tmp_path: Path, name: str, playlist: str) -> None:
     soundfile.write(tmp_path / "other.wav", sine(1, 44100), 44100)
