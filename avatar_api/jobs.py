@@ -1,0 +1,608 @@
+"""The durable queue: jobs in a database, and runners that pull them.
+
+    store = JobStore("sqlite:////home/me/jobs.db")  # or postgresql://…, the same code
+    job = store.submit({"prompt": "A man talks."})  # an API process
+
+    while (claim := store.claim(owner)) is None:  # a runner: one process per GPU, one job at a time
+        time.sleep(store.poll_seconds)
+    with claim:
+        for index in range(len(claim.clips), 3):  # goes on after the clips that are finished
+            ...  # claim.check() at every denoising step
+            claim.finish_clip(index, {"file": ...})
+        claim.complete({"file": ...})
+
+API processes and runners share nothing but this database and the files; any of them may be killed at any moment.
+A runner holds a job by renewing its lease, and a job whose lease ran out goes to the next runner that asks. Each
+claim raises the job's epoch, and a runner writes only where the epoch is still its own: one that was given up for
+dead, and is not, can write nothing. A clip and its record are one transaction, so a finished clip never runs again.
+All times are the database's clock, in seconds since 1970, UTC.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import random
+import secrets
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self, TextIO
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Column, Connection, Engine, ForeignKey, Index, MetaData, Row, Table, event
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+
+logger = logging.getLogger(__name__)
+
+QUEUED: Final = "queued"
+IN_PROGRESS: Final = "in_progress"
+COMPLETED: Final = "completed"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+FINISHED: tuple[State, ...] = (COMPLETED, FAILED, CANCELLED)
+
+OUTAGES = (OperationalError, InterfaceError, InternalError)  # stopped, restarting, read-only, locked, out of disk
+POLL_SECONDS = {"sqlite": 0.25, "postgresql": 1.0}
+SQLITE_WAIT = 10  # seconds for another process to finish its write
+STALLED_EXIT = 70  # exit status, EX_SOFTWARE
+MIGRATIONS = Path(__file__).parent / "migrations"
+MIGRATION_LOCK = 0x41564154  # any number that nothing else in the database locks
+
+Json = dict[str, Any]
+
+
+class JobNotFoundError(LookupError):
+    """There is no job with this id."""
+
+
+class IdempotencyError(ValueError):
+    """This idempotency key, or this id, already belongs to a job with another specification."""
+
+
+class JobNotFinishedError(ValueError):
+    """Only a finished job can be deleted."""
+
+
+class JobCancelled(Exception):  # noqa: N818 - no error: somebody asked for it
+    """Raised in the runner: the job shall stop. End it with `Claim.cancelled`."""
+
+
+class LeaseLost(Exception):  # noqa: N818 - as above
+    """Raised in the runner: the job is no longer this runner's. Drop it; nothing more can be written."""
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """How long everybody waits, in seconds."""
+
+    lease: float = 30
+    """A runner that has not renewed for so long has lost its job to the next one that asks."""
+    beat: float = 1
+    """Between renewals; a cancel is noticed and progress is seen as late as this."""
+    poll: float | None = None
+    """Between a runner's questions for work; None: 0.25 on SQLite, 1 on PostgreSQL."""
+    outage: float = 600
+    """How long a runner keeps its job and its finished clip while the database is away."""
+    stall: float = 900
+    """A runner that did not call `Claim.check` for so long exits: a hung GPU must not keep its lease."""
+    backoff: float = 10
+    """Before the second attempt; twice as long before each further one."""
+    attempts: int = 3
+    """How often a job is started without finishing a clip before it fails."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it was when it was read."""
+
+    id: str
+    spec: Json
+    """What was asked for, as submitted."""
+    state: State
+    priority: int
+    """Higher ones go first."""
+    progress: Json | None
+    """What the runner last reported."""
+    result: Json | None
+    error: Json | None
+    """{type, code, message, param}: why it failed, or, before that, why the last attempt did."""
+    attempts: int
+    """Starts since the last finished clip, the running one included."""
+    owner: str | None
+    """The runner that has it or had it last."""
+    cancel_requested: bool
+    created_at: float
+    started_at: float | None
+    """When it was first claimed."""
+    finished_at: float | None
+
+
+@dataclass(frozen=True)
+class FinishedClip:
+    index: int
+    result: Json
+    """What the runner wants to know about it later: file names, where the next clip starts from, …"""
+    finished_at: float
+
+
+metadata = MetaData()
+_Json = sa.JSON(none_as_null=True)
+_Seq = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("seq", _Seq, primary_key=True),  # the order of submission; never used again
+    Column("id", sa.Text, nullable=False, unique=True),
+    Column("key", sa.Text, unique=True),
+    Column("spec", _Json, nullable=False),
+    Column("state", sa.Text, nullable=False, default=QUEUED),
+    Column("priority", sa.Integer, nullable=False),
+    Column("progress", _Json),
+    Column("result", _Json),
+    Column("error", _Json),
+    Column("attempts", sa.Integer, nullable=False, default=0),
+    Column("not_before", sa.Double, nullable=False, default=0),
+    Column("owner", sa.Text),
+    Column("epoch", sa.Integer, nullable=False, default=0),
+    Column("lease_until", sa.Double, nullable=False, default=0),  # 0: nobody's
+    Column("cancel_requested", sa.Boolean, nullable=False, default=False),
+    Column("created_at", sa.Double, nullable=False),
+    Column("started_at", sa.Double),
+    Column("finished_at", sa.Double),
+    Index("jobs_in_order", "state", sa.text("priority DESC"), "seq"),
+    sqlite_autoincrement=True,
+)
+clips = Table(
+    "clips",
+    metadata,
+    Column("job", _Seq, ForeignKey("jobs.seq", ondelete="CASCADE"), primary_key=True),
+    Column("index", sa.Integer, primary_key=True),
+    Column("result", _Json, nullable=False),
+    Column("finished_at", sa.Double, nullable=False),
+)
+_Row = Row[*tuple[Any, ...]]
+_JOB = [jobs.c[field.name] for field in fields(Job)]
+_CLIP = [clips.c[field.name] for field in fields(FinishedClip)]
+
+_NOW = {  # the database's clock; PostgreSQL's when the statement arrived, as locks may be waited for inside
+    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
+    "postgresql": "CAST(extract(epoch FROM statement_timestamp()) AS DOUBLE PRECISION)",
+}
+
+
+class JobStore:
+    """The queue. Any number of processes and threads may use the same database, each process through one store.
+
+    url: `sqlite:///FILE`, for the processes of one machine, never on a network drive; or `postgresql://…`.
+    Opening it makes the tables or brings them up to date. Every method raises one of OUTAGES while the database is
+    out of reach.
+    """
+
+    def __init__(self, url: str, settings: JobSettings = JobSettings()) -> None:
+        self.settings = settings
+        self._kind = sa.make_url(url).get_backend_name()
+        if self._kind not in _NOW:
+            raise ValueError(f"database: {self._kind}:// is not supported; use sqlite:///FILE or postgresql://….")
+        self._engine = sa.create_engine(url, pool_pre_ping=True, json_serializer=partial(json.dumps, allow_nan=False))
+        self.poll_seconds = settings.poll or POLL_SECONDS[self._kind]
+        self._now = sa.literal_column(_NOW[self._kind], sa.Double)
+        self._insert = sqlite.insert if self._kind == "sqlite" else postgresql.insert
+        self._one_writer = threading.Lock()
+        self._reached_at = self._reached_since = 0.0
+        (_prepare_sqlite if self._kind == "sqlite" else _prepare_postgresql)(self._engine)
+        self._migrate()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # The API's side
+
+    def submit(self, spec: Json, key: str | None = None, job_id: str | None = None, priority: int = 0) -> Job:
+        """Put a job in the queue; the same `key` or `job_id` again returns the job that is there.
+
+        So `spec` must be equal for equal requests: it holds nothing that is new each time, such as the id. Raises
+        IdempotencyError when it is not, ValueError for what JSON cannot hold.
+        """
+        spec = json.loads(json.dumps(spec, allow_nan=False))
+        job_id = job_id or f"video_{secrets.token_hex(16)}"
+        values = {"id": job_id, "key": key, "spec": spec, "priority": priority, "created_at": self._now}
+        insert = self._insert(jobs).values(values).on_conflict_do_nothing().returning(*_JOB)
+        same = (jobs.c.id == job_id) if key is None else (jobs.c.id == job_id) | (jobs.c.key == key)
+        while True:  # again only if the job that is there was deleted in between
+            with self._writing() as connection:
+                if row := connection.execute(insert).first():
+                    return Job(*row)
+                found = [Job(*row) for row in connection.execute(sa.select(*_JOB).where(same))]
+            if any(job.spec != spec for job in found) or len(found) > 1:
+                name = f"idempotency key {key!r}" if key is not None else f"id {job_id!r}"
+                raise IdempotencyError(f"The {name} was used before, with another request; use a new one.")
+            if found:
+                return found[0]
+
+    def get(self, job_id: str) -> Job:
+        """One look-up by index: cheap enough to be asked several times a second. Raises JobNotFoundError."""
+        with self._engine.connect() as connection:
+            return Job(*_row(connection, job_id, _JOB))
+
+    def clips(self, job_id: str, after: int = -1) -> list[FinishedClip]:
+        """The finished clips with an index greater than `after`, in order; none for an unknown job."""
+        mine = clips.join(jobs).select().with_only_columns(*_CLIP).where(jobs.c.id == job_id, clips.c.index > after)
+        with self._engine.connect() as connection:
+            return [FinishedClip(*row) for row in connection.execute(mine.order_by(clips.c.index))]
+
+    def page(self, limit: int = 20, after: str | None = None, order: Literal["asc", "desc"] = "desc") -> list[Job]:
+        """`limit` jobs by time of submission, newest first, following the job `after`. Raises JobNotFoundError."""
+        query = sa.select(*_JOB).order_by(jobs.c.seq.desc() if order == "desc" else jobs.c.seq).limit(limit)
+        with self._engine.connect() as connection:
+            if after is not None:
+                (seq,) = _row(connection, after, [jobs.c.seq])
+                query = query.where(jobs.c.seq < seq if order == "desc" else jobs.c.seq > seq)
+            return [Job(*row) for row in connection.execute(query)]
+
+    def position(self, job_id: str) -> int | None:
+        """How many queued jobs go before this one; None for one that is not queued. Raises JobNotFoundError."""
+        with self._engine.connect() as connection:
+            state, priority, seq = _row(connection, job_id, [jobs.c.state, jobs.c.priority, jobs.c.seq])
+            if state != QUEUED:
+                return None
+            sooner = (jobs.c.priority > priority) | (jobs.c.priority == priority) & (jobs.c.seq < seq)
+            ahead = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == QUEUED, sooner)
+            return connection.execute(ahead).scalar_one()
+
+    def counts(self) -> dict[State, int]:
+        """How many jobs are in each state; a state with none is left out."""
+        with self._engine.connect() as connection:
+            query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+            return dict(connection.execute(query).all())
+
+    def cancel(self, job_id: str) -> Job:
+        """A queued job is cancelled at once, a running one when its runner next checks (`cancel_requested`).
+
+        A finished job stays as it is. Raises JobNotFoundError.
+        """
+        idle = jobs.c.lease_until < self._now  # queued, or its runner is dead
+        stop = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state.not_in(FINISHED))
+        state, finished_at = sa.case((idle, CANCELLED), else_=jobs.c.state), sa.case((idle, self._now))
+        with self._writing() as connection:
+            connection.execute(stop.values(cancel_requested=True, state=state, finished_at=finished_at))
+            return Job(*_row(connection, job_id, _JOB))
+
+    def delete(self, job_id: str) -> None:
+        """Forget a finished job; its files are the caller's to delete. Raises JobNotFoundError, JobNotFinishedError."""
+        finished = sa.delete(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(FINISHED)).returning(jobs.c.seq)
+        with self._writing() as connection:
+            if connection.execute(finished).first() is None:
+                (state,) = _row(connection, job_id, [jobs.c.state])
+                raise JobNotFinishedError(f"Job {job_id!r} is {state}; cancel it, or wait, before deleting it.")
+
+    # The runner's side
+
+    def reclaim(self, owner: str) -> None:
+        """A runner that starts hands back what its dead self held, for any runner to take now, not after the lease."""
+        held = (jobs.c.owner == owner) & (jobs.c.state == IN_PROGRESS)
+        with self._writing() as connection:
+            connection.execute(sa.update(jobs).where(held).values(lease_until=0))
+
+    def claim(self, owner: str) -> "Claim | None":
+        """Take the job whose turn it is; None when there is none.
+
+        Jobs that lost their runner go first, then by priority, then by time of submission. An owner runs one job at
+        a time: what it still holds counts as lost (the answer to its last claim may have been).
+        """
+        running = jobs.c.state == IN_PROGRESS
+        queued = (jobs.c.state == QUEUED) & (jobs.c.not_before <= self._now)
+        freed = running & ((jobs.c.lease_until == 0) | (jobs.c.owner == owner))
+        expired = running & (jobs.c.lease_until < self._now)
+        with self._engine.connect() as connection:  # idle runners only read
+            some = [sa.select(jobs.c.seq).where(kind).exists() for kind in (queued, freed, expired)]
+            now, some_queued, some_freed, some_expired = connection.execute(sa.select(self._now, *some)).one()
+        owners_had_their_turn = self._reached(now)
+        if not (some_queued or some_freed or (some_expired and owners_had_their_turn)):
+            return None
+        lost = freed | expired if owners_had_their_turn else freed
+        with self._writing() as connection:
+            taken = self._take(connection, lost, owner) or self._take(connection, queued, owner)
+        return None if taken is None else Claim(self, *taken)
+
+    def _take(
+        self, connection: Connection, free: sa.ColumnElement[bool], owner: str
+    ) -> tuple[int, int, Job, tuple[FinishedClip, ...]] | None:
+        first = sa.select(jobs).where(free).order_by(jobs.c.priority.desc(), jobs.c.seq).limit(1)
+        while row := connection.execute(first.with_for_update(skip_locked=True)).first():
+            this = jobs.c.seq == row.seq
+            finished = sa.select(*_CLIP).where(clips.c.job == row.seq).order_by(clips.c.index)
+            done = tuple(FinishedClip(*clip) for clip in connection.execute(finished))
+            if row.cancel_requested:
+                connection.execute(sa.update(jobs).where(this).values(self._finished(CANCELLED)))
+            elif row.state == IN_PROGRESS and row.attempts >= self.settings.attempts:
+                died = f"The process that ran the job died {row.attempts} times at clip {len(done) + 1}"
+                error = {"type": "server_error", "code": "runner_died", "message": f"{died}.", "param": None}
+                connection.execute(sa.update(jobs).where(this).values(self._finished(FAILED) | {"error": error}))
+            else:
+                values = {"state": IN_PROGRESS, "owner": owner, "lease_until": self._now + self.settings.lease}
+                values |= {"epoch": row.epoch + 1, "attempts": row.attempts + 1}
+                values |= {"started_at": sa.func.coalesce(jobs.c.started_at, self._now)}
+                job = Job(*connection.execute(sa.update(jobs).where(this).values(values).returning(*_JOB)).one())
+                return row.seq, row.epoch + 1, job, done
+        return None
+
+    def _finished(self, state: State) -> Json:
+        return {"state": state, "finished_at": self._now, "lease_until": 0}
+
+    def _reached(self, now: float) -> bool:
+        """The database was reached at `now`. Whether it has been all the time, for one lease.
+
+        After an outage, or a night with the lid closed, all leases have run out and all owners are alive: they get
+        one lease to renew before anybody takes their jobs. Half a lease without contact counts as an outage, and so
+        does the time before the first: shorter ones leave the owners the other half.
+        """
+        if now - self._reached_at > self.settings.lease / 2:
+            self._reached_since = now
+        self._reached_at = now
+        return now - self._reached_since >= self.settings.lease
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """One transaction that may write: all or nothing. On SQLite there is one at a time."""
+        if self._kind == "postgresql":
+            with self._engine.begin() as connection:
+                yield connection
+        else:
+            with self._one_writer, self._engine.execution_options(writes=True).begin() as connection:
+                yield connection
+
+    def _migrate(self) -> None:
+        """Bring the tables up to date. Of several processes at once, the first does it and the others wait."""
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+        known = {revision.revision for revision in ScriptDirectory.from_config(config).walk_revisions()}
+        with self._writing() as connection:
+            if self._kind == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+            current = MigrationContext.configure(connection).get_current_revision()
+            if current is not None and current not in known:
+                raise RuntimeError(f"database: it is of a newer version ({current}) than this program; update this.")
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+
+class Claim:
+    """One running job, in the hands of one runner. A thread renews the lease until the job is ended.
+
+    Every method raises LeaseLost once the job is somebody else's, which is the end of it. While the database is away
+    they wait for it, and raise LeaseLost after `JobSettings.outage` seconds.
+    """
+
+    def __init__(self, store: JobStore, seq: int, epoch: int, job: Job, finished: tuple[FinishedClip, ...]) -> None:
+        self.job = job
+        """As it was when it was claimed."""
+        self.clips = finished
+        """The clips that runners before this one finished."""
+        self.epoch = epoch
+        """Unlike any other claim's of this job: in file names, it keeps a runner given up for dead off our files."""
+        self._store, self._settings, self._seq = store, store.settings, seq
+        self._attempts = job.attempts
+        self._progress = job.progress
+        self._halt: Exception | None = None
+        self._checked = self._reached = time.monotonic()
+        self._away = False
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat_until_ended, name=f"heart of {job.id}", daemon=True)
+        self._heart.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop renewing. A job that was not ended goes to the next runner when its lease runs out."""
+        self._ended.set()
+        self._heart.join()
+
+    def check(self) -> None:
+        """Call it at every denoising step: it shows that the runner is alive, and touches no database.
+
+        Raises JobCancelled, LeaseLost.
+        """
+        self._checked = time.monotonic()
+        if self._halt is not None:
+            raise self._halt
+
+    def report(self, progress: Json) -> None:
+        """What callers shall see, within a beat. It is only kept here; do not change it afterwards."""
+        self._progress = progress
+
+    def finish_clip(self, index: int, result: Json) -> None:
+        """Record a finished clip; its files are in place. Whatever happens after this, it never runs again."""
+        self._attempts = 1
+        row = {"job": self._seq, "index": index, "result": result, "finished_at": self._store._now}
+        insert = self._store._insert(clips).values(row).on_conflict_do_nothing()  # said twice if the answer got lost
+        self._insist((IN_PROGRESS,), {"lease_until": self._lease, "attempts": 1, "error": None}, insert)
+
+    def complete(self, result: Json) -> None:
+        self._insist((COMPLETED,), self._store._finished(COMPLETED) | {"result": result, "error": None})
+
+    def cancelled(self, result: Json | None = None) -> None:
+        """End a job that was to be cancelled; `result`: what there is so far, if it is worth keeping."""
+        self._insist((CANCELLED,), self._store._finished(CANCELLED) | {"result": result})
+
+    def fail(self, error: Json, retry: bool) -> State:
+        """End this attempt; error: {type, code, message, param}.
+
+        retry: try again a little later, if there are attempts left since the last finished clip; not for a mistake of
+        the caller's. Returns what the job is now: queued, failed, or cancelled, if that was asked for meanwhile.
+        """
+        if not retry or self._attempts >= self._settings.attempts:
+            return self._insist((FAILED,), self._store._finished(FAILED) | {"error": error})
+        wait = self._settings.backoff * 2 ** (self._attempts - 1)
+        again = self._queued() | {"not_before": self._store._now + wait, "error": error}
+        return self._insist((QUEUED, CANCELLED), again)
+
+    def release(self) -> None:
+        """Hand the job back, uncounted, for another runner to take at once: this one has to stop, on SIGTERM.
+
+        Does not wait for a database that is away: the lease will run out.
+        """
+        self._write((QUEUED, CANCELLED), self._queued() | {"attempts": self._attempts - 1})
+
+    @property
+    def _lease(self) -> sa.ColumnElement[float]:
+        return self._store._now + self._settings.lease
+
+    def _queued(self) -> Json:
+        """Back in the queue, unless it is to be cancelled."""
+        to_cancel = jobs.c.cancel_requested
+        state, finished_at = sa.case((to_cancel, CANCELLED), else_=QUEUED), sa.case((to_cancel, self._store._now))
+        return {"state": state, "finished_at": finished_at, "lease_until": 0}
+
+    def _insist(self, states: tuple[State, ...], values: Json, insert: sa.Insert | None = None) -> State:
+        """Write, however long the database is away: what is written here took minutes of a GPU."""
+        while (state := self._write(states, values, insert)) is None:
+            self._checked = time.monotonic()
+            time.sleep(self._settings.beat)
+        return state
+
+    def _write(self, states: tuple[State, ...], values: Json, insert: sa.Insert | None = None) -> State | None:
+        """One fenced transaction. None: the database is away, and not yet for long enough to give up.
+
+        The answer to a write may get lost with the connection. So it may be repeated on a job that already is in one
+        of `states`, with the same outcome.
+        """
+        mine = (jobs.c.seq == self._seq) & (jobs.c.epoch == self.epoch) & jobs.c.state.in_((IN_PROGRESS, *states))
+        write = sa.update(jobs).where(mine).values(values | {"progress": self._progress})
+        answer = write.returning(jobs.c.state, jobs.c.cancel_requested, self._store._now)
+        try:
+            with self._store._writing() as connection:
+                row = connection.execute(answer).first()
+                if row is not None and insert is not None:
+                    connection.execute(insert)
+        except OUTAGES as error:
+            away = time.monotonic() - self._reached
+            if away > self._settings.outage:
+                raise LeaseLost(f"The database has been away for {away:.0f} s.") from error
+            if not self._away:
+                logger.warning("job %s goes on while the database is away: %s", self.job.id, error.orig)
+            self._away = True
+            return None
+        if row is None:
+            raise LeaseLost(f"Job {self.job.id} was taken over by another runner, cancelled or deleted.")
+        state, cancel_requested, now = row
+        if self._away:
+            logger.warning("job %s: the database is back after %.0f s", self.job.id, time.monotonic() - self._reached)
+        self._reached, self._away = time.monotonic(), False
+        self._store._reached(now)
+        if cancel_requested:
+            self._halt = JobCancelled(f"Job {self.job.id} is to be cancelled.")
+        if state != IN_PROGRESS:
+            self._ended.set()
+        return state
+
+    def _beat_until_ended(self) -> None:
+        while not self._ended.wait(self._settings.beat):
+            silent = time.monotonic() - self._checked
+            if silent > self._settings.stall:
+                logger.critical("job %s: no step for %.0f s, the GPU hangs; this process exits", self.job.id, silent)
+                os._exit(STALLED_EXIT)
+            if self._halt is None or isinstance(self._halt, JobCancelled):
+                try:
+                    self._write((IN_PROGRESS,), {"lease_until": self._lease})
+                except Exception as error:  # LeaseLost, or a progress that JSON cannot hold: for the next check()
+                    self._halt = error
+
+
+def runner_name(folder: Path, device: str) -> str:
+    """The name under which this process claims jobs, the same again after a restart: host, device (a GPU's UUID) and
+    a number drawn once. A locked file in `folder` keeps it from other processes until this one ends.
+    """
+    host, turn = socket.gethostname(), 1
+    while True:  # several runners on one device take turns in asking
+        lock = (folder / f"{host}-{device}-{turn}.lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            turn += 1
+            continue
+        _locks.append(lock)
+        lock.seek(0)
+        number = lock.read()
+        if not number:
+            number = secrets.token_hex(4)
+            lock.write(number)
+            lock.flush()
+        return f"{host}-{device}-{number}"
+
+
+_locks: list[TextIO] = []  # open until the process ends
+
+
+def _row(connection: Connection, job_id: str, columns: Sequence[Column[Any]]) -> _Row:
+    row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).first()
+    if row is None:
+        raise JobNotFoundError(f"There is no job {job_id!r}.")
+    return row
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    def once_free(execute: Callable[[], object]) -> None:
+        """SQLite itself asks ever more seldom, down to every 0.1 s, and never gets its turn on a busy database."""
+        deadline = time.monotonic() + SQLITE_WAIT
+        while True:
+            try:
+                execute()
+            except (sqlite3.OperationalError, OperationalError) as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.001, 0.004))  # noqa: S311 - no secret
+            else:
+                return
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: sqlite3.Connection, _: object) -> None:
+        connection.isolation_level = None  # transactions begin below, not where the driver thinks fit
+        connection.execute(f"PRAGMA busy_timeout = {SQLITE_WAIT * 1000}")
+        once_free(lambda: connection.execute("PRAGMA journal_mode = WAL"))
+        connection.execute("PRAGMA synchronous = FULL")  # 0.4 ms a write, for surviving a power cut
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        if not connection.get_execution_options().get("writes"):
+            connection.exec_driver_sql("BEGIN")
+            return
+        connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+        once_free(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {SQLITE_WAIT * 1000}")
+
+
+def _prepare_postgresql(engine: Engine) -> None:
+    """A machine that vanishes must not keep others waiting: not for its answer, and not for its locks."""
+
+    @event.listens_for(engine, "do_connect")
+    def dial(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:
+        ours: Json = {"connect_timeout": 5, "tcp_user_timeout": 10000, "keepalives_idle": 10, "keepalives_interval": 5}
+        ours |= {"client_encoding": "utf8"}  # where a server was set up without a locale, text would come as bytes
+        for name, value in ours.items():
+            options.setdefault(name, value)  # the address may say otherwise
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: DBAPIConnection, _: object) -> None:
+        connection.cursor().execute("SET idle_in_transaction_session_timeout = '30s'")
+        connection.commit()
