@@ -1,22 +1,30 @@
-# One command each: demo (a video from nothing), test, lint, bench, lock, clean.
+# One command each: demo (a video from nothing), serve, test, lint, bench, lock, clean.
 
 PYTHON ?= python3
 BIN := .venv/bin
 SNAPSHOTS := .avatar/snapshots
+MODELS := .avatar/models
+PORT ?= 3000
 
 # OpenMP threads that spin while they wait slow each other down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format bench lock clean
+# The demo's models and jobs; `make serve` serves the same.
+export BENTOML_HOME = $(CURDIR)/.avatar
+export AVATAR_HOME = $(CURDIR)/.avatar
+export BENTOML_DO_NOT_TRACK = 1
 
-demo: .venv/installed $(SNAPSHOTS)
-	$(BIN)/python scripts/generate.py examples/single_example_image.json --models $(SNAPSHOTS) \
-		--size 128x128 --steps 4 --output out/demo.mp4
+.PHONY: demo serve test lint format bench lock clean
+
+demo: .venv/installed $(MODELS)
+	$(BIN)/python scripts/demo.py
 	@echo
 	@echo "out/demo.mp4 is ready. Its pixels are coloured noise: the demo's models are tiny and their weights random."
-	@echo "With the published models, the same command makes a talking face:"
-	@echo "  $(BIN)/python scripts/generate.py examples/single_example_image.json --models DIR --output out/video.mp4"
+	@echo "Next: 'make serve' serves the same models on port $(PORT); README.md has the calls, and the way to real models."
+
+serve: .venv/installed $(MODELS)
+	BENTOML_CONFIG=configuration.yaml $(BIN)/bentoml serve --host 127.0.0.1 --port $(PORT)
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -37,6 +45,10 @@ bench: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -r requirements.lock -r requirements-dev.lock
 	$(BIN)/pip install --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(MODELS): $(SNAPSHOTS)
+	$(BIN)/python models/import_models.py --source $(SNAPSHOTS)
 	touch $@
 
 $(SNAPSHOTS): | .venv/installed

@@ -55,6 +55,8 @@ LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # by channels; other num
 ENCODER_THREADS = 4
 ENCODER_OPTIONS = {"preset": "medium", "crf": "18", "profile": "high", "x264-params": "asm=SSE4.2"}
 
+REORDERED_FRAMES = 2  # at most so many frames does the preset's encoder decode before it shows the first
+
 _Samples = NDArray[np.float32]
 _Pixels = NDArray[np.uint8]
 
@@ -355,9 +357,10 @@ class VideoWriter:
             per_frame = round(1 / (FRAMES_PER_SECOND * cast(Fraction, pictures.time_base)))
             shift = self.frames * per_frame
             for packet in source.demux(pictures):
-                if packet.pts is None or packet.dts is None:  # the empty packet at the end
+                if packet.pts is None:  # the empty packet at the end
                     continue
-                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                packet.pts += shift
+                packet.dts = (self.frames - REORDERED_FRAMES) * per_frame
                 packet.stream = self._copied
                 self._container.mux(packet)
                 self._end_frame()

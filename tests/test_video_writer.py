@@ -356,3 +356,40 @@ def test_names_that_look_like_addresses_are_files(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     write(Path("http:video.mp4"), film(3))
     assert [file.name for file in tmp_path.iterdir()] == ["http:video.mp4"]
+
+
+def test_pieces_join_into_the_video_without_being_encoded_again(tmp_path: Path) -> None:
+    """What jobs do: a silent piece for each clip, joined with the sound at the end."""
+    frames = moving_frames(60)
+    sound = tmp_path / "sound.wav"
+    soundfile.write(sound, np.sin(np.arange(48000 * 3) * 0.05) * 0.3, 48000)
+    pieces = [tmp_path / "0.mp4", tmp_path / "1.mp4", tmp_path / "2.mp4"]
+    for piece, part in zip(pieces, (frames[:33], frames[33:34], frames[34:]), strict=True):
+        with VideoWriter(piece, 64, 64, sound=None) as writer:
+            writer.write(part)
+    for name in ("joined.mp4", "again.mp4"):
+        with VideoWriter(tmp_path / name, 64, 64, sound) as writer:
+            for piece in pieces:
+                writer.append(piece)
+        assert writer.frames == 60
+    assert (tmp_path / "joined.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
+
+    with av.open(str(tmp_path / "joined.mp4")) as container:
+        stream = container.streams.video[0]
+        pictures = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+    assert [time for time, _ in pictures] == pytest.approx([index / 25 for index in range(60)])
+    apart = []
+    for piece in pieces:
+        with av.open(str(piece)) as container:
+            apart += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for (_, joined), alone in zip(pictures, apart, strict=True):
+        assert np.array_equal(joined, alone), "the same pictures, bit for bit"
+    with av.open(str(tmp_path / "joined.mp4")) as container:
+        track = container.streams.audio[0]
+        assert track.duration is not None and track.time_base is not None
+        assert abs(float(track.duration * track.time_base) - 60 / 25) < 0.04
+
+
+def moving_frames(count: int) -> np.ndarray:
+    blocks = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    return np.stack([np.roll(blocks, shift, axis=1) for shift in range(count)])

@@ -1,0 +1,137 @@
+"""The HTTP around the Bento's own: health, one shape for every error, and a limit on what is sent.
+
+An error is always `{"error": {"type", "code", "message", "param"}}`; BentoML's own answers are brought into that shape.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partialmethod
+from http import HTTPStatus
+from typing import Any
+
+from _bentoml_impl.serde import MultipartSerde
+from bentoml.exceptions import InvalidArgument
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+def error_response(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"type": kind, "code": code, "message": message, "param": param}}
+    return JSONResponse(body, status_code=status)
+
+
+def create_app(ready: Callable[[], Any]) -> FastAPI:
+    """`ready`: an async function that says whether the models are loaded."""
+    app = FastAPI(title="Avatar API", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/ping")
+    async def ping() -> Response:
+        """204 while the models are loading, 200 when they are ready: what load balancers on RunPod expect."""
+        return Response(status_code=HTTPStatus.OK if await ready() else HTTPStatus.NO_CONTENT)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        status = HTTPStatus(error.status_code)
+        return error_response(status, f"{request.method} {request.url.path}: {status.phrase}.", status.name.lower())
+
+    return app
+
+
+def adapt_forms(max_part_bytes: int) -> None:
+    """Mend two ways of BentoML with multipart forms; call it once, before serving.
+
+    A text where a file belongs is refused: BentoML would take it for a URL and fetch it from here. And a text may be
+    as long as the whole request: beyond Starlette's 1 MiB, BentoML answers 500.
+    """
+
+    async def only_files(part: str | UploadFile) -> UploadFile:
+        if isinstance(part, UploadFile):
+            return part
+        raise InvalidArgument(f"A form field that takes a file holds a text ({part[:40]!r}); send the file itself.")
+
+    MultipartSerde.ensure_file = staticmethod(only_files)
+    Request.form = partialmethod(Request.form, max_part_size=max_part_bytes)  # type: ignore[method-assign, assignment]
+
+
+class OneErrorShape:
+    """Middleware: rewrites every error answer that is not in our shape yet, and refuses bodies over a limit."""
+
+    def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
+        self.app = app
+        self.max_upload_bytes = max_upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started: Message | None = None
+        body = b""
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_upload_bytes:
+                raise _TooLarge
+            return message
+
+        async def reshaped(message: Message) -> None:
+            nonlocal started, body
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                started = message
+            elif started is None:
+                await send(message)
+            elif message["type"] == "http.response.body":
+                body += message.get("body", b"")
+                if not message.get("more_body"):
+                    await self._send(started, body, scope, receive, send)
+
+        try:
+            await self.app(scope, limited, reshaped)
+        except _TooLarge:
+            limit = f"{self.max_upload_bytes / 2**20:.0f} MiB"
+            answer = error_response(413, f"The request is larger than {limit}; send smaller files.", "too_large")
+            await answer(scope, receive, send)
+
+    async def _send(self, started: Message, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            content = json.loads(body)
+        except ValueError:
+            content = body.decode(errors="replace")
+        if isinstance(content, dict) and isinstance(content.get("error"), dict):
+            await send(started)
+            await send({"type": "http.response.body", "body": body})
+            return
+        answer = _translated(started["status"], content, scope)
+        answer.headers.update(
+            {name.decode(): value.decode() for name, value in started["headers"] if name[:2] == b"x-"}
+        )
+        await answer(scope, receive, send)
+
+
+class _TooLarge(Exception):  # noqa: N818 - never leaves this module
+    pass
+
+
+def _translated(status: int, content: Any, scope: Scope) -> JSONResponse:
+    """BentoML's error answer in our shape."""
+    phrase = HTTPStatus(status).phrase
+    if isinstance(content, list) and len(content) == 1:
+        content = content[0]
+    if isinstance(content, dict) and content.get("detail"):
+        first = content["detail"][0]
+        param = ".".join(str(part) for part in first.get("loc", ())) or None
+        said = first["msg"][0].lower() + first["msg"][1:]
+        message = f"{param}: {said}." if param else f"The request cannot be read: {said}."
+        return error_response(status, message, "missing" if first["type"] == "missing" else "invalid_value", param)
+    if status >= 500:
+        message = "Something failed here; the server's log has the details under the request's id."
+        return error_response(status, message, "internal_error")
+    said = content.get("error") if isinstance(content, dict) else None
+    message = str(said) if said else f"{scope['method']} {scope['path']}: {phrase}."
+    return error_response(status, message, HTTPStatus(status).name.lower())

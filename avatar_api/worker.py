@@ -1,0 +1,142 @@
+"""A runner's loop: take the next job, drive the pipeline clip by clip, join the clips, take the next.
+
+A job's folder holds its inputs, and for each finished clip a segment of video and the state to go on from. A clip is
+recorded only when both are in place, so a job that loses its runner at any moment goes on after its last finished
+clip, and its video equals an undisturbed one.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from avatar_api.jobs import Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
+from avatar_api.media import VideoWriter, read_picture, read_voice
+from avatar_api.requests import VideoRequest
+from avatar_api.settings import ServiceSettings
+from avatar_api.shutdown import Shutdown
+from infinitetalk.errors import InputError
+from infinitetalk.geometry import output_size
+from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Speaker, Step
+from infinitetalk.timeline import FRAMES_PER_SECOND
+
+logger = logging.getLogger(__name__)
+
+
+class Stopping(Exception):  # noqa: N818 - no error: the process was asked to end
+    """Raised at a denoising step when the runner has no time left to finish the clip."""
+
+
+def work(
+    store: JobStore, pipeline: InfiniteTalkPipeline, settings: ServiceSettings, owner: str, shutdown: Shutdown
+) -> None:
+    """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any."""
+    store.reclaim(owner)
+    while not shutdown.asked:
+        claim = store.claim(owner)
+        if claim is None:
+            shutdown.wait(store.poll_seconds)
+            continue
+        with claim:
+            run(claim, pipeline, settings.job_folder(claim.job.id), shutdown)
+
+
+def run(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdown: Shutdown) -> None:
+    """One job, to whatever end it comes."""
+    job = claim.job.id
+    logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
+    try:
+        result = _generate(claim, pipeline, folder, shutdown)
+        claim.complete(result)
+        logger.info("job %s: completed", job)
+    except JobCancelled:
+        claim.cancelled()
+        logger.info("job %s: cancelled", job)
+    except Stopping:
+        claim.release()
+        logger.info("job %s: handed back", job)
+    except LeaseLost as reason:
+        logger.warning("job %s: dropped: %s", job, reason)
+    except InputError as error:
+        claim.fail(error_object(error), retry=False)
+        logger.info("job %s: refused: %s", job, error)
+    except Exception as error:
+        logger.exception("job %s: failed", job)
+        state = claim.fail(error_object(error), retry=True)
+        logger.info("job %s: is now %s", job, state)
+
+
+def error_object(error: Exception) -> dict[str, Any]:
+    """What callers are told of an error: their mistakes in full, ours by kind."""
+    if isinstance(error, InputError):
+        return {"type": "invalid_request_error", "code": error.code, "message": str(error), "param": error.param}
+    message = f"The video could not be generated ({type(error).__name__}); the server's log has the details."
+    if isinstance(error, FloatingPointError):
+        message = f"The model's output is not a number: {error}"
+    return {"type": "server_error", "code": "generation_failed", "message": message, "param": None}
+
+
+def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdown: Shutdown) -> dict[str, Any]:
+    spec = claim.job.spec
+    request = VideoRequest.judge(spec["request"])
+    picture, voice_file = folder / spec["picture"], folder / spec["voice"]
+    segments = [folder / clip.result["segment"] for clip in claim.clips]
+    state = _last_state(claim.clips, folder)
+
+    if not segments or state is not None:  # else the runner before us finished the last clip, and no more
+        claim.report({"stage": "preparing"})
+
+        def on_step(step: Step) -> None:
+            claim.check()
+            if shutdown.overdue:
+                raise Stopping
+            done = step.clip * step.steps + step.step + 1
+            claim.report(
+                {
+                    "stage": "generating",
+                    "clip": step.clip + 1,
+                    "clips": step.clips,
+                    "step": step.step + 1,
+                    "steps": step.steps,
+                    "percent": round(100 * done / (step.clips * step.steps), 1),
+                }
+            )
+
+        speakers = [Speaker(read_voice(voice_file))]
+        clips = pipeline.generate(
+            read_picture(picture), speakers, request.prompt, request.settings(), on_step=on_step, resume_from=state
+        )
+        for clip in clips:
+            segments.append(_keep(clip, claim, folder))
+            if shutdown.asked and clip.state is not None:
+                raise Stopping
+
+    claim.report({"stage": "encoding", "percent": 100.0})
+    claim.check()
+    video = folder / f"video.{claim.epoch}.mp4"
+    height, width = output_size(request.size, *read_picture(picture).shape[:2])
+    with VideoWriter(video, width, height, voice_file) as writer:
+        for segment in segments:
+            writer.append(segment)
+    frames = writer.frames
+    return {"video": video.name, "frames": frames, "seconds": frames / FRAMES_PER_SECOND}
+
+
+def _last_state(clips: Sequence[FinishedClip], folder: Path) -> ClipState | None:
+    if not clips or clips[-1].result["state"] is None:
+        return None
+    return ClipState.load(folder / clips[-1].result["state"])
+
+
+def _keep(clip: Clip, claim: Claim, folder: Path) -> Path:
+    """Write a clip's segment and state, then record both: from here on it never runs again."""
+    name = f"clip-{clip.index:05d}.{claim.epoch}"  # the epoch: a runner given up for dead may be writing the same clip
+    segment, state = folder / f"{name}.mp4", folder / f"{name}.safetensors"
+    frames = clip.frames
+    with VideoWriter(segment, frames.shape[2], frames.shape[1], sound=None) as writer:
+        writer.write(frames)
+    if clip.state is not None:
+        clip.state.save(state)
+    recorded = {"segment": segment.name, "state": state.name if clip.state else None, "frames": len(frames)}
+    claim.finish_clip(clip.index, recorded)
+    return segment

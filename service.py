@@ -1,0 +1,193 @@
+"""The Bento: AvatarRunner holds the pipeline and works through the jobs, AvatarApi takes requests and answers them.
+
+    bentoml serve
+
+They share a database and a folder, and no call of any length: either may be killed at any moment, and nothing is lost.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import bentoml
+from bentoml.models import BentoModel
+from bentoml.validators import ContentType
+from fastapi.responses import JSONResponse, Response
+from pydantic import BeforeValidator
+
+from avatar_api.http import OneErrorShape, adapt_forms, create_app, error_response
+from avatar_api.jobs import COMPLETED, FINISHED, Job, JobStore, runner_name
+from avatar_api.media import read_picture, read_voice
+from avatar_api.requests import DEFAULTS, VideoRequest
+from avatar_api.settings import ServiceSettings
+from avatar_api.shutdown import Shutdown
+from infinitetalk.errors import CheckpointError, InputError
+
+logger = logging.getLogger("avatar_api")
+logger.setLevel(logging.INFO)
+logger.handlers, logger.propagate = logging.getLogger("bentoml").handlers, False
+
+LONGEST_CALL = 7 * 24 * 3600  # seconds until the first byte: a call of generate() waits for its video
+POLL_SECONDS = 0.1  # how often such a call looks for its video, and whether its caller is still there
+GRACE_SECONDS = 20.0  # what a clip in the making may take after SIGTERM before its job goes back to the queue
+
+
+Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
+"""BentoML reads a form's texts as JSON where they are: a prompt of 42 arrives as a number."""
+
+
+@bentoml.service(name="avatar_runner", workers=1, resources={"gpu": 1})
+class AvatarRunner:
+    """One per GPU. Loads in a thread and says at once whether it is ready; works through the jobs in that thread."""
+
+    wan = BentoModel("wan2.1-i2v-14b-480p:latest")
+    infinitetalk = BentoModel("infinitetalk:latest")
+    wav2vec2 = BentoModel("chinese-wav2vec2-base:latest")
+
+    def __init__(self) -> None:
+        self.ready = False
+        self._shutdown = Shutdown()
+        self._thread = threading.Thread(target=self._load_and_work, name="runner")
+        self._thread.start()
+
+    def _load_and_work(self) -> None:
+        from avatar_api.worker import work
+        from infinitetalk.pipeline import InfiniteTalkPipeline
+
+        settings = ServiceSettings()
+        started = time.monotonic()
+        models: list[Any] = [
+            self.wan,
+            self.infinitetalk,
+            self.wav2vec2,
+        ]  # stored models, once BentoML has resolved them
+        wan, infinitetalk, wav2vec2 = (Path(model.path) for model in models)
+        try:
+            pipeline = InfiniteTalkPipeline.from_snapshots(wan, infinitetalk, wav2vec2, settings.device)
+        except (CheckpointError, InputError) as error:
+            logger.critical("The models cannot be loaded: %s", error)
+            return
+        logger.info("Models loaded on %s in %.1f s", pipeline.device, time.monotonic() - started)
+        store = JobStore(settings.database)
+        owner = runner_name(settings.home, str(pipeline.device))
+        self.ready = True
+        work(store, pipeline, settings, owner, self._shutdown)
+
+    def __is_ready__(self) -> bool:
+        return self.ready
+
+    def __is_alive__(self) -> bool:
+        return self._thread.is_alive()
+
+    @bentoml.api
+    def loaded(self) -> bool:
+        """Are the models loaded?"""
+        return self.ready
+
+    @bentoml.on_shutdown
+    def stop(self) -> None:
+        self._shutdown.ask(GRACE_SECONDS)
+        self._thread.join()
+
+
+async def _ready() -> bool:
+    runner: Any = bentoml.get_current_service().runner
+    return bool(await runner.to_async.loaded())
+
+
+@bentoml.service(name="avatar_api", traffic={"timeout": LONGEST_CALL})
+@bentoml.asgi_app(create_app(_ready), path="/")
+class AvatarApi:
+    """What callers talk to."""
+
+    runner = bentoml.depends(AvatarRunner)
+
+    def __init__(self) -> None:
+        self.settings = ServiceSettings()
+        self.settings.home.mkdir(parents=True, exist_ok=True)
+        self.store = JobStore(self.settings.database)
+
+    @bentoml.api
+    async def generate(
+        self,
+        ctx: bentoml.Context,
+        image: Path,
+        audio: Path,
+        prompt: Text = "",
+        size: Text = DEFAULTS.size,
+        steps: int = DEFAULTS.steps,
+        seed: int = DEFAULTS.seed,
+        text_guidance: float = DEFAULTS.text_guidance,
+        audio_guidance: float = DEFAULTS.audio_guidance,
+        shift: float | None = None,
+        color_correction: float = DEFAULTS.color_correction,
+        max_seconds: float | None = None,
+    ) -> Annotated[Path, ContentType("video/mp4")]:
+        """A picture and a voice become a talking video (mp4). The answer comes when the video is there.
+
+        A caller that goes away cancels the video.
+        """
+        values = {
+            "prompt": prompt,
+            "size": size,
+            "steps": steps,
+            "seed": seed,
+            "text_guidance": text_guidance,
+            "audio_guidance": audio_guidance,
+            "shift": shift,
+            "color_correction": color_correction,
+            "max_seconds": max_seconds,
+        }
+        try:
+            request = VideoRequest.judge(values)
+            job = await asyncio.to_thread(self._submit, request, image, audio)
+        except InputError as error:
+            return _refused(ctx, error_response(400, str(error), error.code, error.param))
+        while job.state not in FINISHED:
+            if await ctx.request.is_disconnected():
+                logger.info("job %s: the caller went away", job.id)
+                await asyncio.to_thread(self.store.cancel, job.id)
+                return _refused(ctx, Response(status_code=499))
+            await asyncio.sleep(POLL_SECONDS)
+            job = await asyncio.to_thread(self.store.get, job.id)
+        if job.state != COMPLETED or job.result is None:
+            return _refused(ctx, _failed(job))
+        return self.settings.job_folder(job.id) / str(job.result["video"])
+
+    def _submit(self, request: VideoRequest, image: Path, audio: Path) -> Job:
+        """Lay the files into a folder of the job's own, judge them, and queue the job."""
+        job_id = f"video_{secrets.token_hex(12)}"
+        folder = self.settings.job_folder(job_id)
+        folder.mkdir(parents=True)
+        try:
+            read_picture(Path(shutil.copyfile(image, folder / "picture")), "image")
+            read_voice(Path(shutil.copyfile(audio, folder / "voice")), "audio", max_seconds=1)
+        except InputError:
+            shutil.rmtree(folder)
+            raise
+        spec = {"request": request.model_dump(), "picture": "picture", "voice": "voice"}
+        return self.store.submit(spec, job_id=job_id)
+
+
+adapt_forms(ServiceSettings().max_upload_bytes)
+AvatarApi.add_asgi_middleware(OneErrorShape, max_upload_bytes=ServiceSettings().max_upload_bytes)  # type: ignore[attr-defined]
+
+
+def _refused(ctx: bentoml.Context, answer: Response) -> Any:
+    """BentoML sends a response as it is, but for the status: that it takes from the context."""
+    ctx.response.status_code = answer.status_code
+    return answer
+
+
+def _failed(job: Job) -> JSONResponse:
+    error = job.error or {"message": "The job was cancelled.", "code": "cancelled", "param": None}
+    status = 400 if error.get("type") == "invalid_request_error" else 500
+    if job.state == "cancelled":
+        status = 409
+    return error_response(status, error["message"], error["code"], error["param"])

@@ -1,0 +1,283 @@
+"""`bentoml serve` as its users meet it: real server, real HTTP, real clients, and processes that are killed."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import bentoml
+import httpx
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+import soundfile
+
+from avatar_api.jobs import Job, JobStore
+from tests.conftest import REPOSITORY
+
+PICTURE = REPOSITORY / "examples" / "portrait.png"
+CLIPS = 3
+KILLS = int(os.environ.get("AVATAR_TEST_KILLS", "2"))  # of each service, spread over the three clips
+LONG = {"size": "64x64", "steps": "2", "prompt": "A woman talks."}
+
+
+@dataclass
+class Server:
+    url: str
+    home: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def store(self) -> JobStore:
+        return JobStore(f"sqlite:///{self.home / 'jobs.db'}")
+
+    def worker(self, service: str) -> psutil.Process:
+        """The process of one of the two services."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if f"{service}" in " ".join(process.cmdline()):
+                return process
+        raise AssertionError(f"{service} has no process")
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(f"{self.url}/ping", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(f"not ready after two minutes:\n{self.log.read_text()}")
+
+    def generate(self, voice: Path, **values: str) -> httpx.Response:
+        files = {"image": PICTURE.open("rb"), "audio": voice.open("rb")}
+        return httpx.post(f"{self.url}/generate", files=files, data=values, timeout=300)
+
+    def newest(self) -> Job:
+        return self.store.page(limit=1)[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def bento_home(snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store with the tiny snapshots in it, put there as users do."""
+    home = tmp_path_factory.mktemp("bentoml")
+    command = [sys.executable, "models/import_models.py", "--source", str(snapshots), "--profile", "runtime"]
+    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "BENTOML_HOME": str(home)}, check=True)
+    return home
+
+
+@pytest.fixture(scope="module")
+def server(bento_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("avatar")
+    port, log = free_port(), home / "serve.log"
+    environment = {
+        **os.environ,
+        "BENTOML_HOME": str(bento_home),
+        "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
+        "BENTOML_DO_NOT_TRACK": "1",
+        "AVATAR_HOME": str(home),
+    }
+    command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+    running = Server(f"http://127.0.0.1:{port}", home, process, log)
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Long enough for three clips: 81 + 72 + 72 frames, less a few."""
+    path = tmp_path_factory.mktemp("voice") / "voice.wav"
+    noise = np.random.default_rng(0).standard_normal(220 * 640) * 0.1
+    soundfile.write(path, noise, 16000)
+    return path
+
+
+@pytest.fixture(scope="module")
+def short_voice(voice: Path) -> Path:
+    path = voice.with_name("short.wav")
+    soundfile.write(path, soundfile.read(voice)[0][: 10 * 640], 16000)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server, voice: Path) -> bytes:
+    """The three-clip video as it comes when nothing happens to it."""
+    answer = server.generate(voice, **LONG)
+    assert answer.status_code == 200, answer.text
+    assert len(server.store.clips(server.newest().id)) == CLIPS
+    return answer.content
+
+
+def test_a_video_comes_back_with_picture_and_sound(undisturbed: bytes, tmp_path: Path) -> None:
+    (tmp_path / "video.mp4").write_bytes(undisturbed)
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 220
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        assert container.streams.audio[0].codec_context.name == "aac"
+        assert container.duration is not None
+        assert abs(container.duration / 1e6 - 220 / 25) < 0.05
+
+
+def test_the_stock_client_gets_the_same_video_from_the_same_request(
+    server: Server, voice: Path, undisturbed: bytes
+) -> None:
+    with bentoml.SyncHTTPClient(server.url, timeout=300) as client:
+        path = client.generate(image=PICTURE, audio=voice, prompt=LONG["prompt"], size="64x64", steps=2)
+        assert Path(path).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("path", ["/ping", "/livez", "/readyz", "/metrics"])
+def test_health_and_metrics_answer_at_once(server: Server, path: str) -> None:
+    assert httpx.get(server.url + path, timeout=5).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "param", "message"),
+    [
+        ({"size": "3x3"}, 400, "size", "multiples of 16"),
+        ({"size": "64"}, 400, "size", "use '480p'"),
+        ({"steps": "many"}, 400, "steps", "valid integer"),
+        ({"steps": "0"}, 400, "steps", "greater than or equal to 1"),
+        ({"seed": "-1"}, 400, "seed", "greater than or equal to 0"),
+        ({"prompt": "a" * 2_000_000}, 400, "prompt", "at most 4000"),
+        ({"audio_guidance": "NaN"}, 400, "audio_guidance", "finite"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_shape(
+    server: Server, short_voice: Path, values: dict[str, str], status: int, param: str, message: str
+) -> None:
+    answer = server.generate(short_voice, **values)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"type", "code", "message", "param"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert message in error["message"]
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"type", "code", "message", "param"}
+    assert "Traceback" not in answer.text
+    return error
+
+
+def test_wrong_files_are_refused_in_one_shape_and_leave_nothing(server: Server) -> None:
+    folders = set((server.home / "jobs").iterdir())
+    url, text = f"{server.url}/generate", b"just text"
+    picture = PICTURE.read_bytes()
+    error = error_of(httpx.post(url, files={"image": ("a.png", text), "audio": ("b.wav", text)}), 400)
+    assert (error["param"], "looks like text" in error["message"]) == ("image", True)
+    error = error_of(httpx.post(url, files={"image": ("a.png", picture), "audio": ("b.wav", text)}), 400)
+    assert error["param"] == "audio"
+    error = error_of(httpx.post(url, files={"image": ("a.png", picture[:5000]), "audio": ("b.wav", text)}), 400)
+    assert error["code"] == "damaged_file"
+    error = error_of(httpx.post(url, files={"image": ("a.png", picture)}), 400)
+    assert (error["code"], error["param"]) == ("missing", "audio")
+    error = error_of(httpx.post(url, data={"image": f"{server.url}/livez", "audio": "b"}), 400)
+    assert "send the file itself" in error["message"]
+    assert set((server.home / "jobs").iterdir()) == folders
+
+
+def test_malformed_requests_are_refused_in_one_shape(server: Server) -> None:
+    error_of(
+        httpx.post(f"{server.url}/generate", content=b'{"image":', headers={"content-type": "application/json"}), 400
+    )
+    error_of(httpx.post(f"{server.url}/generate", json={"image": "x"}), 400)
+    error_of(httpx.post(f"{server.url}/generate"), 400)
+    error_of(httpx.get(f"{server.url}/generate"), 405)
+    error_of(httpx.get(f"{server.url}/nothing/here"), 404)
+
+
+def test_no_url_is_fetched_on_a_callers_behalf(server: Server, short_voice: Path) -> None:
+    asked: list[bytes] = []
+
+    def listen(listener: Any) -> None:
+        connection, _ = listener.accept()
+        asked.append(connection.recv(1000))
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=listen, args=(listener,), daemon=True).start()
+        secret = f"http://127.0.0.1:{listener.getsockname()[1]}/secret.png"
+        form = [("image", (None, secret)), ("audio", ("a.wav", short_voice.read_bytes()))]
+        error = error_of(httpx.post(f"{server.url}/generate", files=form), 400)  # type: ignore[arg-type]
+        time.sleep(0.5)
+    assert "send the file itself" in error["message"]
+    assert not asked
+
+
+def test_a_caller_that_goes_away_cancels_its_video(server: Server, voice: Path) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        files = {"image": PICTURE.open("rb"), "audio": voice.open("rb")}
+        httpx.post(f"{server.url}/generate", files=files, data={"size": "64x64", "steps": "100"}, timeout=4)
+    deadline = time.monotonic() + 20
+    while (job := server.newest()).state != "cancelled":
+        assert time.monotonic() < deadline, job
+        time.sleep(0.1)
+
+
+def finish(server: Server, job_id: str) -> Job:
+    deadline = time.monotonic() + 180
+    while (job := server.store.get(job_id)).state not in ("completed", "failed", "cancelled"):
+        assert time.monotonic() < deadline, f"{job}\n{server.log.read_text()[-3000:]}"
+        time.sleep(0.2)
+    return job
+
+
+def start_and_wait_for_progress(server: Server, voice: Path, percent: float) -> str:
+    """Submit the three-clip job from a thread of its own and wait until it is so far."""
+    before = {job.id for job in server.store.page(limit=100)}
+
+    def call() -> None:
+        with contextlib.suppress(httpx.TransportError):  # its server is killed
+            server.generate(voice, **LONG)
+
+    threading.Thread(target=call, daemon=True).start()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for job in server.store.page(limit=100):
+            if job.id not in before and (job.progress or {}).get("percent", 0) >= percent:
+                return job.id
+        time.sleep(0.05)
+    raise AssertionError(server.log.read_text()[-3000:])
+
+
+@pytest.mark.parametrize("percent", [round(100 * (kill + 0.5) / KILLS) for kill in range(KILLS)])
+@pytest.mark.parametrize("service", ["avatar_runner", "avatar_api"])
+def test_the_video_is_right_although_a_process_was_killed(
+    server: Server, voice: Path, undisturbed: bytes, service: str, percent: float
+) -> None:
+    job_id = start_and_wait_for_progress(server, voice, percent)
+    server.worker(service).kill()
+    job = finish(server, job_id)
+    assert job.state == "completed", job.error
+    assert job.result is not None
+    assert (server.home / "jobs" / job_id / job.result["video"]).read_bytes() == undisturbed
+    server.wait_until_ready()
