@@ -40,6 +40,7 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/load_memory.py
+	$(BIN)/python benchmarks/job_store.py
 
 .venv/installed: pyproject.toml requirements.lock requirements-dev.lock
 	$(PYTHON) -m venv .venv

@@ -281,3 +281,18 @@ def test_the_video_is_right_although_a_process_was_killed(
     assert job.result is not None
     assert (server.home / "jobs" / job_id / job.result["video"]).read_bytes() == undisturbed
     server.wait_until_ready()
+
+
+def test_the_bento_builds_with_what_serving_needs_and_nothing_else(bento_home: Path) -> None:
+    environment = {**os.environ, "BENTOML_HOME": str(bento_home), "BENTOML_DO_NOT_TRACK": "1"}
+    command = [sys.executable, "-m", "bentoml", "build", "--output", "tag"]
+    build = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    tag = build.stdout.strip().rpartition("__tag__:")[2]
+    source = bento_home / "bentos" / tag.replace(":", "/") / "src"
+    assert {path.name for path in source.iterdir()} == {
+        *("service.py", "avatar_api", "infinitetalk", "models"),
+        *("bentofile.yaml", "configuration.yaml", "pyproject.toml", "README.md", "LICENSE"),
+    }
+    manifest = (source.parent / "bento.yaml").read_text()
+    for model in ("wan2.1-i2v-14b-480p", "infinitetalk", "chinese-wav2vec2-base"):
+        assert model in manifest
