@@ -29,7 +29,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -203,7 +203,8 @@ class JobStore:
         self.poll_seconds = settings.poll or POLL_SECONDS[self._kind]
         self._now = sa.literal_column(_NOW[self._kind], sa.Double)
         self._insert = sqlite.insert if self._kind == "sqlite" else postgresql.insert
-        self._one_writer = threading.Lock()
+        self._writer = self._engine.execution_options(writes=True)
+        self._one_writer = threading.Lock() if self._kind == "sqlite" else nullcontext()
         self._reached_at = self._reached_since = 0.0
         (_prepare_sqlite if self._kind == "sqlite" else _prepare_postgresql)(self._engine)
         self._migrate()
@@ -359,13 +360,9 @@ class JobStore:
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
-        """One transaction that may write: all or nothing. On SQLite there is one at a time."""
-        if self._kind == "postgresql":
-            with self._engine.begin() as connection:
-                yield connection
-        else:
-            with self._one_writer, self._engine.execution_options(writes=True).begin() as connection:
-                yield connection
+        """One transaction that may write, all or nothing."""
+        with self._one_writer, self._writer.begin() as connection:
+            yield connection
 
     def _migrate(self) -> None:
         """Bring the tables up to date. Of several processes at once, the first does it and the others wait."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from avatar_api.jobs import Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
+from avatar_api.jobs import OUTAGES, Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
 from avatar_api.media import VideoWriter, read_picture, read_voice
 from avatar_api.requests import VideoRequest
 from avatar_api.settings import ServiceSettings
@@ -21,6 +21,8 @@ from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Speaker
 from infinitetalk.timeline import FRAMES_PER_SECOND
 
 logger = logging.getLogger(__name__)
+
+OUTAGE_WAIT = 2.0  # seconds between questions to a database that does not answer
 
 
 class Stopping(Exception):  # noqa: N818 - no error: the process was asked to end
@@ -33,30 +35,37 @@ def work(
     """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any."""
     store.reclaim(owner)
     while not shutdown.asked:
-        claim = store.claim(owner)
+        try:
+            claim = store.claim(owner)
+        except OUTAGES as error:
+            logger.warning("the database is away: %s", error)
+            shutdown.wait(OUTAGE_WAIT)
+            continue
         if claim is None:
             shutdown.wait(store.poll_seconds)
             continue
         with claim:
-            run(claim, pipeline, settings.job_folder(claim.job.id), shutdown)
+            try:
+                run(claim, pipeline, settings.job_folder(claim.job.id), shutdown)
+            except LeaseLost as reason:
+                logger.warning("job %s: dropped: %s", claim.job.id, reason)
 
 
 def run(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdown: Shutdown) -> None:
-    """One job, to whatever end it comes."""
+    """One job, to whatever end it comes. Raises LeaseLost if that is another runner's to write."""
     job = claim.job.id
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
     try:
         result = _generate(claim, pipeline, folder, shutdown)
         claim.complete(result)
-        logger.info("job %s: completed", job)
+    except LeaseLost:
+        raise
     except JobCancelled:
         claim.cancelled()
         logger.info("job %s: cancelled", job)
     except Stopping:
         claim.release()
         logger.info("job %s: handed back", job)
-    except LeaseLost as reason:
-        logger.warning("job %s: dropped: %s", job, reason)
     except InputError as error:
         claim.fail(error_object(error), retry=False)
         logger.info("job %s: refused: %s", job, error)
@@ -64,6 +73,10 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdown: Sh
         logger.exception("job %s: failed", job)
         state = claim.fail(error_object(error), retry=True)
         logger.info("job %s: is now %s", job, state)
+    else:
+        logger.info("job %s: completed", job)
+        for piece in folder.glob("clip-*"):  # they are in the video now
+            piece.unlink(missing_ok=True)
 
 
 def error_object(error: Exception) -> dict[str, Any]:

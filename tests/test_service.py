@@ -280,6 +280,7 @@ def test_the_video_is_right_although_a_process_was_killed(
     assert job.state == "completed", job.error
     assert job.result is not None
     assert (server.home / "jobs" / job_id / job.result["video"]).read_bytes() == undisturbed
+    assert not list((server.home / "jobs" / job_id).glob("clip-*")), "the pieces are gone once they are joined"
     server.wait_until_ready()
 
 
