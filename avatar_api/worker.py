@@ -6,6 +6,7 @@ clip, and its video equals an undisturbed one.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,14 @@ def _keep(clip: Clip, claim: Claim, folder: Path) -> Path:
         writer.write(frames)
     if clip.state is not None:
         clip.state.save(state)
+        _sync(state)
+    _sync(segment)
     recorded = {"segment": segment.name, "state": state.name if clip.state else None, "frames": len(frames)}
     claim.finish_clip(clip.index, recorded)
     return segment
+
+
+def _sync(file: Path) -> None:
+    """Wait until a file is on the disk: the database must not know of a clip that a power cut takes away."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
