@@ -414,7 +414,8 @@ def bytes_from_hub(model: Model, file: File, start: int) -> Iterator[bytes]:
         hf_raise_for_status(response)
         skip = 0 if response.status_code == 206 else start  # a server that sends the whole, whatever is asked for
         for chunk in response.iter_bytes():
-            yield chunk[skip:]
+            if skip < len(chunk):
+                yield chunk[skip:]
             skip = max(0, skip - len(chunk))
 
 
@@ -564,7 +565,19 @@ def byte_bar(title: str, size: int, done: int = 0) -> Iterator[Advance]:
     )
     with Progress(*columns, console=console, disable=size == done) as progress:
         task = progress.add_task(title, total=size, completed=done)
-        yield functools.partial(progress.advance, task)
+        lock, waiting = threading.Lock(), 0
+
+        def advance(count: int) -> None:
+            # The bar reckons its rate from the last 1000 steps: they must not be the last tenth of a second.
+            nonlocal waiting
+            with lock:
+                waiting += count
+                if abs(waiting) >= min(READ_BYTES, size // 100):
+                    progress.advance(task, waiting)
+                    waiting = 0
+
+        yield advance
+        progress.advance(task, waiting)
 
 
 class StoppedError(Exception):

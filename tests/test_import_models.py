@@ -98,7 +98,7 @@ def write_source(folder: Path) -> Path:
 def environment(home: Path, hub: SmallHub | None, **variables: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     endpoint = {"HF_ENDPOINT": hub.url} if hub is not None else {"HF_HUB_OFFLINE": "1"}
-    ours = {"BENTOML_HOME": str(home), "HF_HOME": f"{home}-hf", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    ours = {"BENTOML_HOME": str(home), "HF_HOME": f"{home}-hf", "COLUMNS": "200"}
     return inherited | endpoint | ours | variables
 
 
@@ -194,7 +194,9 @@ def test_everything_comes_from_the_hub_once(hub: SmallHub, home: Path, source: P
 def test_bentoml_finds_and_serves_the_models(hub: SmallHub, home: Path) -> None:
     hub.repositories["MeiGen-AI/InfiniteTalk"].commit = "123456789012" + "e" * 28  # in YAML, a number
     succeeds(home, hub)
-    (home / "import" / "infinitetalk-feedfeedfeed" / "single").mkdir(parents=True)  # as an interrupted import leaves it
+    hub.repositories["Wan-AI/Wan2.1-I2V-14B-480P"].commit = "b" * 40
+    hub.bytes_per_second = 100_000
+    stop_after(hub.bytes_sent() + 50_000, start(home, hub), hub)  # half a model, which is none of BentoML's business
     script = """if True:
         import bentoml, pathlib
         from bentoml.models import BentoModel
@@ -290,7 +292,7 @@ def test_damage_is_named_and_repaired_only_when_asked_for(hub: SmallHub, home: P
     (talk / "an empty one").unlink()
     hub.sent.clear()
 
-    message = refused(home, hub)
+    message = refused(home, hub, "--profile", "runtime")  # which does not need them all, but the store has them all
     for fault in ("an empty one (missing)", f"{MULTI} (2 bytes instead of 100000)", f"{SINGLE} (wrong checksum)"):
         assert fault in message
     assert "--repair" in message
@@ -298,7 +300,7 @@ def test_damage_is_named_and_repaired_only_when_asked_for(hub: SmallHub, home: P
     assert hub.bytes_sent() == 0
 
     untouched = (wan / "Wan2.1_VAE.pth").stat()
-    succeeds(home, hub, "--repair")
+    succeeds(home, hub, "--repair", "--profile", "runtime")
     assert whole(home, source)
     assert hub.bytes_sent() == 200_000
     assert (wan / "Wan2.1_VAE.pth").stat() == untouched
@@ -330,7 +332,7 @@ def stop_after(bytes_sent: int, process: subprocess.Popen[str], hub: SmallHub, h
     while process.poll() is None and hub.bytes_sent() < bytes_sent:
         time.sleep(0.002)
     process.send_signal(how)
-    return process.communicate()[1]
+    return process.communicate(timeout=5)[1]
 
 
 def start(home: Path, hub: SmallHub | None, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -374,6 +376,66 @@ def test_a_killed_import_from_a_folder_goes_on(home: Path, source: Path) -> None
     assert whole(home, source)
 
 
+def test_killed_at_any_step_on_the_disk_nothing_is_half_there(source: Path, tmp_path: Path) -> None:
+    """A process for each step: import up to it, look at the store, import again."""
+    script = """if True:
+        import json, os, signal, sys
+        from pathlib import Path
+        from models import import_models
+
+        STEPS = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+        def import_in_a_child(kill_at):
+            if child := os.fork():
+                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            left = kill_at
+
+            def hook(event, arguments):
+                nonlocal left
+                if event in STEPS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.addaudithook(hook)
+            os._exit(import_models.main(sys.argv[2:]))
+
+        step, killed = 1, True
+        while killed:
+            os.environ["BENTOML_HOME"] = f"{sys.argv[1]}/{step}"
+            killed = import_in_a_child(step) == -signal.SIGKILL
+            folders = Path(os.environ["BENTOML_HOME"]).glob("models/*/*/")
+            print([sorted(path.name for path in folder.rglob("*") if path.is_file()) for folder in folders])
+            assert import_in_a_child(-1) == 0
+            step += 1
+        """
+    arguments = [str(tmp_path / "homes"), "--source", str(source), "--only", WAV2VEC2]
+    steps = run(tmp_path, None, *arguments, command=[sys.executable, "-c", script]).stdout.splitlines()
+    complete = str([sorted([*FILES["chinese-wav2vec2-base"], "model.yaml", "snapshot.lock.json"])])
+    assert set(steps) == {"[]", complete}
+    assert steps == sorted(steps, key=len)
+    assert len(steps) > 20
+    for home in (tmp_path / "homes").iterdir():
+        assert whole(home, source, WAV2VEC2)
+
+
+def test_what_an_interrupted_import_has_left_and_nobody_wants_goes(hub: SmallHub, home: Path, source: Path) -> None:
+    hub.bytes_per_second = 400_000
+    stop_after(500_000, start(home, hub, "--only", INFINITETALK), hub)
+    assert any((home / "import").rglob("infinitetalk_single_fp8.safetensors*"))
+    hub.bytes_per_second = 0
+    succeeds(home, hub, "--only", INFINITETALK, "--profile", "runtime")
+    assert set(contents(model_folders(home)[INFINITETALK])) == {SINGLE, MULTI}
+
+    shutil.rmtree(home / "models")
+    hub.bytes_per_second = 400_000
+    stop_after(hub.bytes_sent() + 100_000, start(home, hub, "--only", INFINITETALK), hub)
+    assert any((home / "import").iterdir())
+    succeeds(home, None, "--source", source, "--only", INFINITETALK)
+    assert whole(home, source, INFINITETALK)
+
+
 def test_a_branch_that_moves_does_not_cost_the_finished_files(hub: SmallHub, home: Path, source: Path) -> None:
     hub.bytes_per_second = 400_000
     stop_after(300_000, start(home, hub, "--only", INFINITETALK), hub)
@@ -387,10 +449,9 @@ def test_a_branch_that_moves_does_not_cost_the_finished_files(hub: SmallHub, hom
     assert hub.bytes_sent() < 600_000 + 5 * 16_384
 
 
-def test_ctrl_c_stops_and_says_how_to_go_on(hub: SmallHub, home: Path, source: Path) -> None:
-    hub.bytes_per_second = 200_000
-    process = start(home, hub)
-    errors = stop_after(50_000, process, hub, signal.SIGINT)
+def test_ctrl_c_stops_at_once_and_says_how_to_go_on(hub: SmallHub, home: Path, source: Path) -> None:
+    hub.bytes_per_second = 400  # 10 s from one piece to the next
+    errors = stop_after(4096, process := start(home, hub), hub, signal.SIGINT)
     assert (process.returncode, errors) == (130, "stopped; the same command goes on from here\n")
     hub.bytes_per_second = 0
     succeeds(home, hub)
@@ -435,7 +496,7 @@ def test_a_connection_that_is_always_cut_is_given_up(hub: SmallHub, home: Path, 
 def test_a_server_that_knows_no_ranges_is_good_enough(hub: SmallHub, home: Path, source: Path) -> None:
     hub.ignores_ranges = True
     hub.cuts = {SINGLE: [30_000]}
-    succeeds(home, hub, command=IMPATIENT)
+    assert "wrong checksum" not in succeeds(home, hub, command=IMPATIENT)
     assert whole(home, source)
 
 
