@@ -154,6 +154,19 @@ def finished(store: JobStore, *submitted: Job) -> bool:
     return all(store.get(job.id).finished_at is not None for job in submitted)
 
 
+def freeze(process: BaseProcess, store: JobStore, job: Job) -> None:
+    """Right after a write: a process that stops within one keeps all others from writing, too."""
+    assert process.pid is not None
+    progress = store.get(job.id).progress
+    eventually(lambda: store.get(job.id).progress != progress)
+    os.kill(process.pid, signal.SIGSTOP)
+
+
+def thaw(process: BaseProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGCONT)
+
+
 def take(store: JobStore, name: str = "runner") -> Claim:
     claim = store.claim(name)
     assert claim is not None
@@ -466,12 +479,11 @@ def test_a_frozen_runner_that_wakes_up_can_write_nothing(store: JobStore, runner
     job = store.submit({"steps": 30})
     frozen = runners.start("one")
     eventually(lambda: len(runners.clips(job)) == 2)
-    assert frozen.pid is not None
-    os.kill(frozen.pid, signal.SIGSTOP)
+    freeze(frozen, store, job)
     runners.start("two")
     eventually(lambda: finished(store, job))
     before = store.get(job.id), store.clips(job.id)
-    os.kill(frozen.pid, signal.SIGCONT)
+    thaw(frozen)
     eventually(lambda: runners.noted("lost") == [[job.id, "1"]])
     assert (store.get(job.id), store.clips(job.id)) == before
     assert before[0].owner == "two"
@@ -676,13 +688,12 @@ def test_after_a_suspension_runners_keep_their_jobs(store: JobStore, runners: Ru
     busy, idle = runners.start("busy"), runners.start("idle")
     eventually(lambda: runners.clips(job))
     time.sleep(QUICK.lease)  # the idle one may take over from now on
-    assert busy.pid is not None and idle.pid is not None
-    for pid in (busy.pid, idle.pid):
-        os.kill(pid, signal.SIGSTOP)
+    freeze(idle, store, job)
+    freeze(busy, store, job)
     time.sleep(QUICK.lease + 0.5)
-    os.kill(idle.pid, signal.SIGCONT)
+    thaw(idle)
     time.sleep(0.5)
-    os.kill(busy.pid, signal.SIGCONT)
+    thaw(busy)
     eventually(lambda: finished(store, job))
     assert runners.clips(job) == [(0, 1)]
 
@@ -701,14 +712,15 @@ def test_another_process_may_hold_the_sqlite_file_for_seconds(tmp_path: Path) ->
 # The tables
 
 
-def open_store(url: str) -> str:
+def open_store(url: str, at: float) -> str:
+    time.sleep(max(0, at - time.time()))
     with closing(JobStore(url)) as store:
         return store.submit({}).id
 
 
 def test_eight_processes_may_open_a_new_database_at_once(database: Database) -> None:
     with ProcessPoolExecutor(8, mp_context=processes) as openers:
-        ids = list(openers.map(open_store, [database.url] * 8))
+        ids = list(openers.map(open_store, [database.url] * 8, [time.time() + 1] * 8))
     with closing(JobStore(database.url)) as store:
         assert {job.id for job in store.page()} == set(ids)
 
@@ -724,7 +736,7 @@ def test_the_migrations_make_the_tables_that_the_code_uses(store: JobStore) -> N
 
 
 def test_a_database_of_a_newer_version_is_left_alone(store: JobStore, database: Database) -> None:
-    with store._engine.execution_options(writes=True).begin() as connection:
+    with store._writer.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = 'ffff'"))
     with pytest.raises(RuntimeError, match=r"newer version \(ffff\)"):
         JobStore(database.url)
