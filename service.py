@@ -1,6 +1,6 @@
 """The Bento: AvatarRunner holds the pipeline and works through the jobs, AvatarApi takes requests and answers them.
 
-    bentoml serve
+    bentoml serve --host 127.0.0.1      (there is no authentication yet)
 
 They share a database and a folder, and no call of any length: either may be killed at any moment, and nothing is lost.
 """
