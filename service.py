@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import bentoml
+from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
 from bentoml.validators import ContentType
 from fastapi.responses import JSONResponse, Response
@@ -42,13 +43,24 @@ Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, s
 """BentoML reads a form's texts as JSON where they are: a prompt of 42 arrives as a number."""
 
 
+class ImportedModel(BentoModel):
+    """A model of the store; where it is missing, the error says how it gets there."""
+
+    def resolve(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().resolve(*arguments, **options)
+        except BentoMLException as error:
+            command = f"python models/import_models.py --only {self.tag.name}"
+            raise BentoMLException(f"Model {self.tag} is not in the model store; import it: {command}") from error
+
+
 @bentoml.service(name="avatar_runner", workers=1, resources={"gpu": 1})
 class AvatarRunner:
     """One per GPU. Loads in a thread and says at once whether it is ready; works through the jobs in that thread."""
 
-    wan = BentoModel("wan2.1-i2v-14b-480p:latest")
-    infinitetalk = BentoModel("infinitetalk:latest")
-    wav2vec2 = BentoModel("chinese-wav2vec2-base:latest")
+    wan = ImportedModel("wan2.1-i2v-14b-480p:latest")
+    infinitetalk = ImportedModel("infinitetalk:latest")
+    wav2vec2 = ImportedModel("chinese-wav2vec2-base:latest")
 
     def __init__(self) -> None:
         self.ready = False

@@ -284,6 +284,15 @@ def test_the_video_is_right_although_a_process_was_killed(
     server.wait_until_ready()
 
 
+def test_a_missing_model_is_named_with_the_command_that_imports_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "BENTOML_HOME": str(tmp_path), "AVATAR_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(free_port())]
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode != 0
+    assert "import it: python models/import_models.py --only " in " ".join((run.stdout + run.stderr).split())
+    assert "Traceback" not in run.stderr
+
+
 def test_the_bento_builds_with_what_serving_needs_and_nothing_else(bento_home: Path) -> None:
     environment = {**os.environ, "BENTOML_HOME": str(bento_home), "BENTOML_DO_NOT_TRACK": "1"}
     command = [sys.executable, "-m", "bentoml", "build", "--output", "tag"]
