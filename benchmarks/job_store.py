@@ -83,6 +83,7 @@ def measure_end(end: str, successor: str, store: JobStore, runners: Runners) -> 
     """A runner ends in the middle of a clip; the job goes on in one that waits, or in the same, started again."""
     job = store.submit({"clips": 1, "steps": 1000})
     first = runners.start("first")
+    eventually(lambda: runners.clips(job))
     if successor != "first":
         runners.start(successor)
         time.sleep(SETTINGS.lease)  # it may take over from now on
