@@ -198,7 +198,7 @@ class JobStore:
         self.settings = settings
         self._kind = sa.make_url(url).get_backend_name()
         if self._kind not in _NOW:
-            raise ValueError(f"database: {self._kind}:// is not supported; use sqlite:///FILE or postgresql://….")
+            raise ValueError(f"database: {self._kind}:// is not supported; use sqlite:///FILE or postgresql://…")
         self._engine = sa.create_engine(url, pool_pre_ping=True, json_serializer=partial(json.dumps, allow_nan=False))
         self.poll_seconds = settings.poll or POLL_SECONDS[self._kind]
         self._now = sa.literal_column(_NOW[self._kind], sa.Double)
@@ -331,7 +331,7 @@ class JobStore:
             done = tuple(FinishedClip(*clip) for clip in connection.execute(finished))
             if row.cancel_requested:
                 connection.execute(sa.update(jobs).where(this).values(self._finished(CANCELLED)))
-            elif row.state == IN_PROGRESS and row.attempts >= self.settings.attempts:
+            elif row.state == IN_PROGRESS and row.attempts >= self.settings.attempts:  # nobody lived to fail it
                 died = f"The process that ran the job died {row.attempts} times at clip {len(done) + 1}"
                 error = {"type": "server_error", "code": "runner_died", "message": f"{died}.", "param": None}
                 connection.execute(sa.update(jobs).where(this).values(self._finished(FAILED) | {"error": error}))
@@ -374,7 +374,7 @@ class JobStore:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             current = MigrationContext.configure(connection).get_current_revision()
             if current is not None and current not in known:
-                raise RuntimeError(f"database: it is of a newer version ({current}) than this program; update this.")
+                raise RuntimeError(f"The database is of a newer version ({current}) than this program; update it.")
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
