@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pyloudnorm
@@ -47,6 +48,23 @@ def standardize(voice: np.ndarray) -> np.ndarray:
     """float32 [samples] → the same with mean 0 and variance 1 (Wav2Vec2FeatureExtractor with do_normalize)."""
     standard: np.ndarray = (voice - voice.mean()) / np.sqrt(voice.var() + _NORMALIZE_EPSILON)
     return standard.astype(np.float32, copy=False)
+
+
+def arrange(voices: Sequence[np.ndarray | None], order: Literal["together", "in_turn"]) -> list[np.ndarray]:
+    """Lay the voices of one conversation out in time: float32 [samples] each → the same, all of one length.
+
+    Silence fills what a voice leaves: after it if they speak together, before or after it if they speak in turn. None
+    is a speaker who stays silent, for as long as the other speaks.
+    """
+    length = max(len(voice) for voice in voices if voice is not None)
+    tracks = [np.zeros(length, np.float32) if voice is None else voice for voice in voices]
+    if order == "in_turn":
+        ends = np.cumsum([len(track) for track in tracks])
+        starts = [end - len(track) for end, track in zip(ends, tracks, strict=True)]
+        length = int(ends[-1])
+    else:
+        starts = [0] * len(tracks)
+    return [np.pad(track, (start, length - start - len(track))) for start, track in zip(starts, tracks, strict=True)]
 
 
 def frame_count(samples: int) -> int:

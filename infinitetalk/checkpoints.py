@@ -8,6 +8,7 @@ needs little more memory than the loaded model. Sizes come from the files, nothi
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 T5_TOKENIZER = "google/umt5-xxl"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
-AUDIO_BRANCH_FILE = "single/infinitetalk.safetensors"
+AUDIO_BRANCH_FILES = {"single": "single/infinitetalk.safetensors", "multi": "multi/infinitetalk.safetensors"}
 WAV2VEC2_FILES = ("model.safetensors", "pytorch_model.bin")
 
 AUDIO_PARTS = ("audio_proj.", "norm_x.", "audio_cross_attn.")
@@ -54,13 +55,19 @@ Rename = Callable[[str], str | None]
 
 
 def load_transformer(
-    wan: Path, audio_branch: Path, device: torch.device, dtype: torch.dtype
+    wan: Path, audio: Path, device: torch.device, dtype: torch.dtype
 ) -> InfiniteTalkTransformer3DModel:
-    """wan: the Wan2.1-I2V snapshot; audio_branch: the InfiniteTalk snapshot, or one file of added tensors."""
+    """wan: the Wan2.1-I2V snapshot; audio: the InfiniteTalk snapshot, or one file of added tensors.
+
+    Of the snapshot, the branch for one speaker ("single") and the one for two ("multi") are loaded; one file is the
+    only branch ("single"), which then serves two speakers as well.
+    """
     config = _read_json(wan / "config.json")
     whole = wan / TRANSFORMER_FILE
     base = _Tensors([whole]) if whole.is_file() else _Tensors.sharded(wan / TRANSFORMER_INDEX)
-    added = _Tensors([audio_branch if audio_branch.is_file() else audio_branch / AUDIO_BRANCH_FILE])
+    files = {"single": audio} if audio.is_file() else {name: audio / file for name, file in AUDIO_BRANCH_FILES.items()}
+    branches = {name: _Tensors([file]) for name, file in files.items()}
+    added = branches["single"]
     audio_width = added.shape("audio_proj.norm.weight")[0]
     audio_hidden, window_features = added.shape("audio_proj.proj1.weight")
 
@@ -83,6 +90,7 @@ def load_transformer(
             audio_tokens=added.shape("audio_proj.proj3.weight")[0] // audio_width,
             audio_width=audio_width,
             audio_window=AUDIO_WINDOW,
+            audio_branches=tuple(branches),
             eps=number("eps"),
         )
     # The library renames the base keys. The added ones have our names already, and its rules would garble them.
@@ -94,7 +102,9 @@ def load_transformer(
     parameters = {name for name, _ in model.named_parameters()}
     heard = {name for name in parameters if any(part in name for part in AUDIO_PARTS)}
     _fill(model, base, renamed.get, device, dtype_of, parameters - heard)
-    _fill(model, added, lambda name: name, device, dtype_of, heard)
+    for branch, tensors in branches.items():
+        within = {name for name in heard if f".{branch}." in name}
+        _fill(model, tensors, partial(_branch_name, branch), device, dtype_of, within)
     return model.to(device).eval()
 
 
@@ -181,6 +191,12 @@ def load_speech_encoder(folder: Path, device: torch.device) -> Wav2Vec2Model:
 
 
 # Published names → library names; None for a tensor that is not needed.
+
+
+def _branch_name(branch: str, name: str) -> str:
+    for part in AUDIO_PARTS:
+        name = name.replace(part, f"{part}{branch}.")
+    return name
 
 
 def _t5_name(name: str) -> str | None:

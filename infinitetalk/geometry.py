@@ -1,10 +1,11 @@
-"""Where the picture goes: output sizes, the resize and the centre crop that fit a picture to one.
+"""Where the picture goes: output sizes, the resize and the centre crop that fit a picture to one, who speaks where.
 
 Heights come before widths, as in tensor shapes, except in the text form of a size ("832x480" is width x height).
 """
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,9 @@ BUCKETS_720P: dict[float, tuple[int, int]] = {
     3.75: (1920, 512),
 }  # fmt: skip
 BUCKETS = {"480p": BUCKETS_480P, "720p": BUCKETS_720P}
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom as fractions of the picture's width and height, from its top left corner."""
 
 
 def nearest_bucket(height: int, width: int, buckets: dict[float, tuple[int, int]]) -> tuple[int, int]:
@@ -73,3 +77,62 @@ def resize_and_crop(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     scaled = Image.fromarray(picture).resize((scaled_width, scaled_height), Image.Resampling.BILINEAR)
     cropped = np.asarray(scaled)[top : top + height, left : left + width]
     return (cropped.transpose(2, 0, 1).astype(np.float32) / 255 - 0.5) * 2
+
+
+def speaker_regions(boxes: Sequence[Box | None], source: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
+    """Which of the transformer's tokens show each of two speakers.
+
+    boxes: where each speaker is in the picture, None for the half that is theirs by default; source: the picture's
+    (height, width); target: the video's → bool [2, target height / 16, target width / 16]. A token belongs to a box
+    if the source pixel at the token's top left corner does, as published. Raises InputError("speakers") for a box that
+    is not in the picture, or leaves its speaker no token of their own.
+    """
+    rows, columns = source_pixels(source, target)
+    regions = np.zeros((len(boxes), len(rows), len(columns)), bool)
+    for speaker, box in enumerate(boxes):
+        first_row, first_column, last_row, last_column = _pixels(speaker, box, source)
+        inside_rows = (rows >= first_row) & (rows < last_row)
+        inside_columns = (columns >= first_column) & (columns < last_column)
+        regions[speaker] = inside_rows[:, None] & inside_columns
+    for speaker, box in enumerate(boxes):
+        if not regions[speaker].any():
+            problem = "shows nothing of the video: it is too small, or cut off where the picture is fitted to its size"
+            raise InputError("speakers", f"the box of speaker {speaker + 1}, {_text(box)}, {problem}; enlarge it.")
+    for speaker, other in ((0, 1), (1, 0)):
+        if not (regions[speaker] & ~regions[other]).any():
+            problem = f"lies wholly within that of speaker {other + 1}, {_text(boxes[other])}; move them apart"
+            raise InputError("speakers", f"the box of speaker {speaker + 1}, {_text(boxes[speaker])}, {problem}.")
+    return regions
+
+
+def source_pixels(
+    source: tuple[int, int], target: tuple[int, int], stride: int = SPATIAL_STRIDE
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of a picture that every `stride`-th row and column of its fitted form come from.
+
+    Rounded down, and in float32, as torch's "nearest" does.
+    """
+    height, width, top, left = cover(source, target)
+    rows = np.arange(top, top + target[0], stride, np.float32) * np.float32(source[0] / height)
+    columns = np.arange(left, left + target[1], stride, np.float32) * np.float32(source[1] / width)
+    return np.minimum(rows, source[0] - 1).astype(int), np.minimum(columns, source[1] - 1).astype(int)
+
+
+def _pixels(speaker: int, box: Box | None, source: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A box in source pixels: first row, first column, last row, last column (the last two exclusive)."""
+    height, width = source
+    if box is None:  # the speaker's half of the picture, but for a margin of 5 % on each side
+        half = width // 2
+        start = speaker * half
+        return int(0.05 * height), start + int(0.05 * half), int(0.95 * height), start + int(0.95 * half)
+    left, top, right, bottom = box
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        wanted = (
+            "give [left, top, right, bottom] as fractions of the picture, each from 0 to 1, left < right, top < bottom"
+        )
+        raise InputError("speakers", f"the box of speaker {speaker + 1} is {_text(box)}; {wanted}.")
+    return round(top * height), round(left * width), round(bottom * height), round(right * width)
+
+
+def _text(box: Box | None) -> str:
+    return "the default half" if box is None else str([round(side, 4) for side in box])

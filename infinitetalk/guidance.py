@@ -1,8 +1,11 @@
 """Classifier-free guidance over two conditions, text and voice: which forwards a step needs, how they are combined."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import torch
 from torch import Tensor
 
 LARGE_AREA = 640 * 960
@@ -30,18 +33,56 @@ def passes(text_scale: float) -> tuple[Pass, ...]:
     return CONDITIONAL, WITHOUT_TEXT, UNCONDITIONAL
 
 
-def combine(predictions: list[Tensor], text_scale: float, audio_scale: float) -> Tensor:
+@dataclass
+class ProjectedGuidance:
+    """Adaptive projected guidance (arXiv:2410.02416) along one condition; it remembers, so each clip takes a new one.
+
+    Of the difference that the condition makes, only the part at right angles to the conditional prediction is used,
+    which is the part that does not oversaturate; its length is bounded, and earlier steps are partly taken back.
+    """
+
+    momentum: float
+    """Share of the steps before; negative to take back."""
+    threshold: float
+    """Largest length (2-norm over all elements) of a difference; 0: any."""
+    _average: Tensor | None = None
+
+    def __call__(self, difference: Tensor, conditional: Tensor) -> Tensor:
+        """[C, T, h, w] each → the part of the difference that guides."""
+        if self._average is not None:
+            difference = difference + self.momentum * self._average
+        self._average = difference
+        if self.threshold > 0:
+            difference = difference * (self.threshold / difference.norm()).clamp(max=1)
+        direction = torch.nn.functional.normalize(conditional.double().flatten(), dim=0).view_as(difference)
+        parallel = (difference.double() * direction).sum() * direction
+        return (difference.double() - parallel).to(difference.dtype)
+
+
+def combine(
+    predictions: list[Tensor],
+    text_scale: float,
+    audio_scale: float,
+    projected: Sequence[ProjectedGuidance] = (),
+) -> Tensor:
     """The guided prediction from those of `passes(text_scale)`, in that order and all of one shape.
 
     Three passes: uncond + s_t (cond - without_text) + s_a (without_text - uncond).
     Two passes: without_voice + s_a (cond - without_voice).
+    `projected`, one for the text and one for the voice, makes it projected guidance:
+    cond + (s_t - 1) projected(cond - without_text) + (s_a - 1) projected(without_text - uncond).
     """
-    if len(predictions) == 2:
-        conditional, without_voice = predictions
-        return without_voice + audio_scale * (conditional - without_voice)
-    conditional, without_text, unconditional = predictions
-    text, voice = conditional - without_text, without_text - unconditional
-    return unconditional + text_scale * text + audio_scale * voice
+    conditional, last = predictions[0], predictions[-1]
+    scales = [audio_scale] if len(predictions) == 2 else [text_scale, audio_scale]
+    differences = [more - less for more, less in pairwise(predictions)]
+    if projected:
+        guides = projected[-len(differences) :]
+        terms = zip(guides, differences, scales, strict=True)
+        return conditional + sum((scale - 1) * guide(difference, conditional) for guide, difference, scale in terms)
+    guided = last
+    for difference, scale in zip(differences, scales, strict=True):
+        guided = guided + scale * difference
+    return guided
 
 
 def timesteps(steps: int, shift: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A picture, a voice and a prompt → a talking video, clip by clip.
+"""A picture or a video, one voice or two, and a prompt → a talking video, clip by clip.
 
 Tensors in, tensors out. Every constant is the published model's (InfiniteTalk, arXiv:2508.14033, over Wan2.1-I2V-14B):
 the same seed gives the same noise, and in float32 the same pixels.
@@ -6,6 +6,7 @@ the same seed gives the same noise, and in float32 the same pixels.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
 from infinitetalk import checkpoints
-from infinitetalk.audio import VoiceFeatures, normalize_loudness
+from infinitetalk.audio import VoiceFeatures, arrange, normalize_loudness
+from infinitetalk.cache import TeaCache, coefficients
 from infinitetalk.color import match_color
 from infinitetalk.errors import InputError
-from infinitetalk.geometry import output_size, resize_and_crop
-from infinitetalk.guidance import Pass, combine, default_shift, passes, timesteps
+from infinitetalk.geometry import Box, output_size, resize_and_crop, speaker_regions
+from infinitetalk.guidance import Pass, ProjectedGuidance, combine, default_shift, passes, timesteps
 from infinitetalk.settings import Settings
-from infinitetalk.timeline import Timeline, plan
+from infinitetalk.timeline import Timeline, plan_scenes
 from infinitetalk.transformer import TEMPORAL_STRIDE, InfiniteTalkTransformer3DModel
 
 TEXT_TOKENS = 512
@@ -37,9 +39,13 @@ VAE_STRIDE = 8
 
 @dataclass(frozen=True)
 class Speaker:
-    """One voice: float32 [samples] at 16 kHz, or features already encoded, float32 [frames, layers, channels]."""
+    """Someone who talks in the video."""
 
-    voice: np.ndarray | Tensor
+    voice: np.ndarray | Tensor | None
+    """float32 [samples] at 16 kHz; or features already encoded, float32 [frames, layers, channels]; or None for someone
+    who says nothing while the other speaks."""
+    box: Box | None = None
+    """Where they are, of two; None: in their half of the picture, the first on the left."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ class _Conditions:
     negative_prompt: Tensor
     picture: Tensor  # [1, 257, CLIP width]
     latents: Tensor  # [1, 4 + 16, T, h, w]: which frames are given, and the given picture followed by grey
-    audio: Tensor  # [1, frames, window, layers, channels]
+    audio: Tensor  # [1, speakers, frames, window, layers, channels]
+    regions: Tensor | None  # bool [2, h / 2, w / 2] of two speakers
 
 
 class InfiniteTalkPipeline:
@@ -156,68 +163,91 @@ class InfiniteTalkPipeline:
     @torch.no_grad()
     def generate(
         self,
-        reference: np.ndarray,
+        reference: np.ndarray | Sequence[np.ndarray],
         speakers: Sequence[Speaker],
         prompt: str,
         settings: Settings = Settings(),
         *,
+        scene_starts: Sequence[int] = (0,),
         on_step: Callable[[Step], None] | None = None,
         resume_from: ClipState | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Clip]:
         """Yield the video clip by clip; memory does not grow with its length.
 
-        reference: uint8 [height, width, 3], the picture that talks. `generator` overrides the noise of
-        `settings.seed`; `resume_from` goes on after the clip that carried it, given the same other arguments, as if
-        there had been no interruption. Raises InputError for what cannot be generated.
+        reference: the picture that talks, uint8 [height, width, 3]; or a video's pictures at 25 per second, anything
+        with a length that gives such pictures by number. Of a video, each clip starts from the picture of its time, or
+        from the last one if the voice goes on. speakers: one or two. `scene_starts` are the first frames of the video's
+        scenes, each generated on its own; `generator` overrides the noise of `settings.seed`; `resume_from` goes on
+        after the clip that carried it, given the same other arguments, as if there had been no interruption. Raises
+        InputError for what cannot be generated.
         """
-        if len(speakers) != 1:
-            raise InputError("speakers", f"{len(speakers)} speakers were given; one is supported.")
-        height, width = output_size(settings.size, *reference.shape[:2])
+        pictures = [reference] if isinstance(reference, np.ndarray) and reference.ndim == 3 else reference
+        source_height, source_width = pictures[0].shape[:2]
+        height, width = output_size(settings.size, source_height, source_width)
         shift = settings.shift if settings.shift is not None else default_shift(height, width)
-        voice_frames, hear = self._voice(speakers[0])
-        timeline = plan(
-            [voice_frames],
+        regions = self._regions(speakers, (source_height, source_width), (height, width))
+        voices = self._voices(speakers, settings)
+        timelines = plan_scenes(
+            scene_starts,
+            [len(voice) for voice in voices],
             settings.frames_per_clip,
             settings.motion_frames,
             settings.max_frames,
             settings.reference_quirks,
         )
+        clips = [(timeline, number) for timeline in timelines for number in range(timeline.clips)]
         generator = generator or torch.Generator("cpu").manual_seed(settings.seed)
         if resume_from is not None:
             generator.set_state(resume_from.random_state)
+            motion = resume_from.motion.to(self.device)
 
-        picture = torch.from_numpy(resize_and_crop(reference, height, width)).to(self.device)
-        given = self._given_latents(picture, settings.frames_per_clip)
-        picture_features = self.encode_picture(picture)
         prompt_features = self.encode_prompt(prompt)
         negative_features = self.encode_prompt(settings.negative_prompt)
-        motion = resume_from.motion.to(self.device) if resume_from else picture[:, None]
 
-        for index in range(resume_from.clip if resume_from else 0, timeline.clips):
+        @lru_cache(2)  # the clip's and the scene's first; of a picture that stands still, the only one
+        def picture_at(frame: int) -> Tensor:
+            return torch.from_numpy(resize_and_crop(pictures[frame], height, width)).to(self.device)
+
+        @lru_cache(1)
+        def told_of(frame: int) -> tuple[Tensor, Tensor]:
+            picture = picture_at(frame)
+            return self.encode_picture(picture), self._given_latents(picture, settings.frames_per_clip)
+
+        cache = self._cache(settings, height, width)
+        for index in range(resume_from.clip if resume_from else 0, len(clips)):
+            timeline, number = clips[index]
+            frame, opening = (min(at, len(pictures) - 1) for at in (timeline.start(number), timeline.begins_at))
+            if number == 0:
+                motion = picture_at(opening)[:, None]
+            picture_features, given = told_of(frame)
+            heard = [voice.gather(timeline.audio_window(number, speaker)) for speaker, voice in enumerate(voices)]
             conditions = _Conditions(
                 prompt_features,
                 negative_features,
                 picture_features,
                 given,
-                hear(timeline.audio_window(index, 0))[None].to(self.device, self.dtype),
+                torch.stack(heard)[None].to(self.device, self.dtype),
+                regions,
             )
             motion_latents = self.encode_video(motion)
-            noise = self._draw_noise(generator, timeline, index, settings.steps, height, width)
+            noise = self._draw_noise(generator, timeline, number, settings.steps, height, width)
+            if not settings.reference_quirks:
+                cache = self._cache(settings, height, width)
 
             def report(step: int, latents: Tensor, clip: int = index) -> None:
                 if on_step is not None:
-                    on_step(Step(clip, timeline.clips, step, settings.steps, latents))
+                    on_step(Step(clip, len(clips), step, settings.steps, latents))
 
-            latents = self._denoise(noise, motion_latents, conditions, settings, shift, report)
-            video = match_color(self.decode_video(latents), picture, settings.color_correction)
+            latents = self._denoise(noise, motion_latents, conditions, settings, shift, cache, report)
+            video = match_color(self.decode_video(latents), picture_at(opening), settings.color_correction)
             if not bool(torch.isfinite(video).all()):
-                raise FloatingPointError(f"clip {index + 1} of {timeline.clips} came out as NaN.")
+                raise FloatingPointError(f"clip {index + 1} of {len(clips)} came out as NaN.")
             motion = video[:, -settings.motion_frames :]
-            new = timeline.new_frames(index)
-            last = index + 1 == timeline.clips
+            new = timeline.new_frames(number)
+            last = index + 1 == len(clips)
             state = None if last else ClipState(index + 1, motion.cpu().clone(), generator.get_state())
-            yield Clip(index, timeline.clips, video[:, new.start : new.stop].cpu(), state)
+            yield Clip(index, len(clips), video[:, new.start : new.stop].cpu(), state)
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """→ [1, 512, text width], the prompt's features followed by zeros, which the transformer does attend to."""
@@ -252,13 +282,36 @@ class InfiniteTalkPipeline:
         """The inverse of `encode_video`, clipped to [-1, 1]."""
         return self.vae.decode(latents[None] * self._latents_std + self._latents_mean).sample[0]
 
-    def _voice(self, speaker: Speaker) -> tuple[int, Callable[[list[list[int]]], Tensor]]:
-        """The voice's length in video frames, and a function from numbers of frames to their features."""
-        voice = speaker.voice
-        if isinstance(voice, Tensor):
-            return len(voice), lambda frames: voice[torch.tensor(frames)]
-        features = VoiceFeatures(self.speech_encoder, normalize_loudness(voice))
-        return len(features), features.gather
+    def _voices(self, speakers: Sequence[Speaker], settings: Settings) -> "Sequence[VoiceFeatures | _GivenFeatures]":
+        """The features of each speaker's voice, all of one length."""
+        given = [speaker.voice for speaker in speakers if isinstance(speaker.voice, Tensor)]
+        if given:
+            lengths = {len(features) for features in given}
+            if len(given) < len(speakers) or (len(lengths) > 1 and not settings.reference_quirks):
+                raise InputError("speakers", "features of two voices must be given for both, and be of one length.")
+            return [_GivenFeatures(features) for features in given]
+        samples = [speaker.voice for speaker in speakers if not isinstance(speaker.voice, Tensor)]
+        if all(voice is None for voice in samples):
+            raise InputError("audio", "no voice was given; at least one speaker needs one.", "missing")
+        loud = [None if voice is None else normalize_loudness(voice) for voice in samples]
+        return [VoiceFeatures(self.speech_encoder, voice) for voice in arrange(loud, settings.audio_order)]
+
+    def _regions(self, speakers: Sequence[Speaker], source: tuple[int, int], target: tuple[int, int]) -> Tensor | None:
+        """Where each of two speakers is: bool [2, height / 16, width / 16]."""
+        if len(speakers) == 2:
+            boxes = [speaker.box for speaker in speakers]
+            return torch.from_numpy(speaker_regions(boxes, source, target)).to(self.device)
+        if len(speakers) != 1:
+            raise InputError("speakers", f"{len(speakers)} speakers were given; the model takes one or two.")
+        if speakers[0].box is not None:
+            raise InputError("speakers", "a box was given for the only speaker; boxes tell two speakers apart.")
+        return None
+
+    def _cache(self, settings: Settings, height: int, width: int) -> TeaCache | None:
+        if not settings.teacache:
+            return None
+        kinds = 3 if settings.reference_quirks else len(passes(settings.text_guidance))
+        return TeaCache(settings.teacache, coefficients(height, width), kinds, settings.steps)
 
     def _given_latents(self, picture: Tensor, frames: int) -> Tensor:
         """[1, 4 + 16, T, h, w]: a mask that is 1 where a frame is given, and the picture followed by grey, encoded."""
@@ -300,30 +353,61 @@ class InfiniteTalkPipeline:
         conditions: _Conditions,
         settings: Settings,
         shift: float,
+        cache: TeaCache | None,
         report: Callable[[int, Tensor], None],
     ) -> Tensor:
         """Noise → latents, by Euler steps along the predicted velocity; the motion frames stay as given throughout."""
         given = motion_latents.shape[1]
         times = torch.from_numpy(timesteps(settings.steps, shift)).to(self.device)
+        projected = [
+            ProjectedGuidance(settings.projection_momentum, settings.projection_threshold)
+            for _ in range(2 if settings.projected_guidance else 0)
+        ]
+        if self.transformer.is_cache_enabled:  # one of diffusers' own, to which every clip is a new video
+            self.transformer._reset_stateful_cache()
         latents = latents.clone()
         latents[:, :given] = motion_latents
         for step in range(settings.steps):
             predictions = [
-                self._predict(latents, times[step], conditions, guided) for guided in passes(settings.text_guidance)
+                self._predict(latents, times[step], conditions, guided, cache)
+                for guided in passes(settings.text_guidance)
             ]
-            velocity = combine(predictions, settings.text_guidance, settings.audio_guidance)
+            velocity = combine(predictions, settings.text_guidance, settings.audio_guidance, projected)
             latents = latents - velocity * ((times[step] - times[step + 1]) / 1000)
             latents[:, :given] = motion_latents
             report(step, latents)
         return latents
 
-    def _predict(self, latents: Tensor, time: Tensor, conditions: _Conditions, guided: Pass) -> Tensor:
+    def _predict(
+        self, latents: Tensor, time: Tensor, conditions: _Conditions, guided: Pass, cache: TeaCache | None
+    ) -> Tensor:
         """One forward of the transformer: float32 [16, T, h, w], the velocity from picture to noise."""
-        prediction = self.transformer(
-            torch.cat([latents[None].to(self.dtype), conditions.latents], dim=1),
-            time[None],
-            conditions.prompt if guided.prompt else conditions.negative_prompt,
-            conditions.picture,
-            conditions.audio if guided.voice else torch.zeros_like(conditions.audio),
-        )
+        audio, regions = conditions.audio, conditions.regions
+        branch = "multi" if regions is not None and "multi" in self.transformer.config.audio_branches else "single"
+        if not guided.voice:  # the silence of one speaker, even where there are two
+            audio, regions = torch.zeros_like(audio[:, :1]), None
+        with self.transformer.cache_context(str(guided)):
+            prediction = self.transformer(
+                torch.cat([latents[None].to(self.dtype), conditions.latents], dim=1),
+                time[None],
+                conditions.prompt if guided.prompt else conditions.negative_prompt,
+                conditions.picture,
+                audio,
+                branch,
+                regions,
+                cache,
+            )
         return prediction[0].float()
+
+
+class _GivenFeatures:
+    """Features that the caller encoded, in place of `VoiceFeatures`."""
+
+    def __init__(self, features: Tensor) -> None:
+        self._features = features
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def gather(self, frames: Sequence[Sequence[int]]) -> Tensor:
+        return self._features[torch.tensor(frames)]

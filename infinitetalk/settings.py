@@ -1,6 +1,7 @@
 """What can be asked of a generation, with the published defaults."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from infinitetalk.errors import InputError
 
@@ -24,6 +25,15 @@ class Settings:
     text_guidance: float = 5.0
     """1 turns text guidance off and saves a third of the time."""
     audio_guidance: float = 4.0
+    projected_guidance: bool = False
+    """Adaptive projected guidance in place of the plain kind, against oversaturation (see `guidance`)."""
+    projection_momentum: float = -0.75
+    projection_threshold: float = 55.0
+    """0: differences of any length."""
+    teacache: float = 0.0
+    """Threshold of TeaCache (see `cache`): 0.2 is about twice as fast and 0.3 faster still, both lossy; 0 is exact."""
+    audio_order: Literal["together", "in_turn"] = "together"
+    """Do two speakers speak from the start, or the second after the first?"""
     color_correction: float = 1.0
     """0 to 1: how far each frame's colours are pulled back to the picture's."""
     seed: int = 42
@@ -33,13 +43,21 @@ class Settings:
     motion_frames: int = 9
     negative_prompt: str = NEGATIVE_PROMPT
     reference_quirks: bool = False
-    """Keep what the published code does where it is arguably wrong (see `timeline.plan`)."""
+    """Keep what the published code does where it is arguably wrong: of two voices the first decides how many clips
+    there are (see `timeline.plan`), and without text guidance TeaCache mixes the two kinds of forwards up."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
             raise InputError("steps", f"steps is {self.steps}; it must be between 1 and 1000.")
         if self.shift is not None and not self.shift > 0:
             raise InputError("shift", f"shift is {self.shift}; it must be greater than 0.")
+        if not self.teacache >= 0:
+            raise InputError("teacache", f"teacache is {self.teacache}; it must be 0 (off) or greater.")
+        if not self.projection_threshold >= 0:
+            value = self.projection_threshold
+            raise InputError("projection_threshold", f"projection_threshold is {value}; it must be 0 (off) or greater.")
+        if self.audio_order not in ("together", "in_turn"):
+            raise InputError("audio_order", f"audio_order is {self.audio_order!r}; use 'together' or 'in_turn'.")
         if not 0 <= self.color_correction <= 1:
             raise InputError("color_correction", f"color_correction is {self.color_correction}; use 0 to 1.")
         if not 0 <= self.seed < 2**63:

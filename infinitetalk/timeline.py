@@ -6,7 +6,8 @@ backwards from there, so that the model never hears a sudden end; those frames a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from infinitetalk.errors import InputError
 
@@ -17,13 +18,16 @@ AUDIO_WINDOW = 5
 
 @dataclass(frozen=True)
 class Timeline:
-    """The clips of one video. `voice_frames` are the voices' lengths in video frames, one per speaker."""
+    """The clips of one video, or of one scene of it."""
 
     voice_frames: tuple[int, ...]
+    """The voices' lengths in video frames, one per speaker."""
     frames_per_clip: int
     motion_frames: int
     total_frames: int
     clips: int
+    begins_at: int = 0
+    """The video's frame that a scene begins at; its frames and the voices' are counted from the video's first."""
 
     @property
     def stride(self) -> int:
@@ -32,25 +36,25 @@ class Timeline:
 
     def start(self, clip: int) -> int:
         """The first frame of a clip, its motion frames included."""
-        return clip * self.stride
+        return self.begins_at + clip * self.stride
 
     def new_frames(self, clip: int) -> range:
         """The frames of a clip that the video shows, counted from the clip's own first frame."""
         first = 0 if clip == 0 else self.motion_frames
-        return range(first, min(self.frames_per_clip, self.total_frames - self.start(clip)))
+        return range(first, min(self.frames_per_clip, self.total_frames - clip * self.stride))
 
     def audio_window(self, clip: int, speaker: int) -> list[list[int]]:
         """[frames_per_clip][5] numbers of the voice's frames that the model hears around each frame of a clip."""
         length = self.voice_frames[speaker]
-        start, end = self.start(clip), self.start(clip) + self.frames_per_clip
+        start, end = clip * self.stride, clip * self.stride + self.frames_per_clip
         reach = AUDIO_WINDOW // 2
         mirrored = clip == self.clips - 1 and end >= length
 
         def source(frame: int) -> int:
             if not mirrored:
-                return min(max(frame, 0), length - 1)
+                return self.begins_at + min(max(frame, 0), length - 1)
             position = max(frame, 0) % (2 * length)
-            return position if position < length else 2 * length - 1 - position
+            return self.begins_at + (position if position < length else 2 * length - 1 - position)
 
         return [[source(frame + offset) for offset in range(-reach, reach + 1)] for frame in range(start, end)]
 
@@ -92,3 +96,28 @@ def plan(
     else:
         total = wanted
     return Timeline(tuple(voice_frames), frames_per_clip, motion_frames, total, clips)
+
+
+def plan_scenes(
+    scene_starts: Sequence[int],
+    voice_frames: Sequence[int],
+    frames_per_clip: int,
+    motion_frames: int,
+    max_frames: int | None,
+    reference_quirks: bool,
+) -> list[Timeline]:
+    """A timeline for each scene of a video, from the scenes' first frames; otherwise as `plan`.
+
+    A scene that begins after the voice's end is left out.
+    """
+    if not scene_starts or scene_starts[0] != 0 or any(later <= start for start, later in pairwise(scene_starts)):
+        problem = "give each scene's first frame, in their order, the first one 0"
+        raise InputError("scene_starts", f"scene_starts is {list(scene_starts)}; {problem}.")
+    whole = plan(voice_frames, frames_per_clip, motion_frames, max_frames, reference_quirks)
+    if len(scene_starts) == 1:
+        return [whole]
+    bounds = [start for start in scene_starts if start < whole.total_frames] + [whole.total_frames]
+    return [
+        replace(plan([end - start] * len(voice_frames), frames_per_clip, motion_frames), begins_at=start)
+        for start, end in pairwise(bounds)
+    ]

@@ -1,22 +1,28 @@
-"""The video transformer: Wan2.1 image-to-video, with a voice that every block listens to.
+"""The video transformer: Wan2.1 image-to-video, with voices that every block listens to.
 
 `InfiniteTalkTransformer3DModel` is diffusers' `WanTransformer3DModel` plus the audio branch of InfiniteTalk
 (arXiv:2508.14033): an `AudioProjection` that turns speech features into 32 tokens per latent frame, and in each block
-an `AudioCrossAttention` between the text cross-attention and the feed-forward part.
+an `AudioCrossAttention` between the text cross-attention and the feed-forward part. There may be several such
+branches beside the one base, trained for one speaker and for two; each forward names the one it uses.
 
 Shapes: B batch, T latent frames, H x W latent height and width, S = T·(H/2)·(W/2) tokens, D model width.
 """
 
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
+
+from infinitetalk.label_rope import attention_to_regions, rotary, token_positions, turn, voice_positions
 
 TEMPORAL_STRIDE = 4
 """Video frames per latent frame, after the first latent frame, which holds a single one."""
@@ -50,6 +56,18 @@ class AudioProjection(nn.Module):
         return self.norm(hidden.unflatten(2, (self.tokens, self.width)))
 
 
+@dataclass(frozen=True)
+class Voices:
+    """What the blocks hear."""
+
+    branch: str
+    """Which audio branch listens."""
+    tokens: Tensor
+    """[B, T, speakers · tokens, width]; of two speakers, those of the first come first."""
+    regions: Tensor | None
+    """Of two speakers, bool [3, tokens of a frame]: where the first is, the second, and neither (B is 1 then)."""
+
+
 class AudioCrossAttention(nn.Module):
     """The tokens of each latent frame attend to that frame's audio tokens, and to no other's."""
 
@@ -60,23 +78,59 @@ class AudioCrossAttention(nn.Module):
         self.kv_linear = nn.Linear(audio_width, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, hidden_states: Tensor, audio_tokens: Tensor) -> Tensor:
-        """hidden_states: [B, S, D]; audio_tokens: [B, T, tokens, width] → [B, S, D]."""
-        batch, frames = audio_tokens.shape[:2]
-        query = self.q_linear(hidden_states).unflatten(1, (frames, -1)).flatten(0, 1).unflatten(2, (self.heads, -1))
+    def forward(self, hidden_states: Tensor, audio_tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """hidden_states: [B, S, D]; audio_tokens: [B, T, tokens, width] → [B, S, D].
+
+        positions: float32 [S], of two speakers: which of them each token listens to (see `label_rope`).
+        """
+        batch, frames, heard_tokens = audio_tokens.shape[:3]
+        query = self.q_linear(hidden_states).unflatten(2, (self.heads, -1))
         key_value = self.kv_linear(audio_tokens.flatten(0, 1)).unflatten(2, (2, self.heads, -1))
         key, value = key_value.unbind(2)
-        heard = dispatch_attention_fn(query, key, value).flatten(2)
+        if positions is not None:
+            head_dim = query.shape[-1]
+            query = turn(query, *rotary(positions, head_dim))
+            key = turn(key, *rotary(voice_positions(heard_tokens // 2, key.device), head_dim))
+        heard = dispatch_attention_fn(query.unflatten(1, (frames, -1)).flatten(0, 1), key, value).flatten(2)
         return self.proj(heard.unflatten(0, (batch, frames)).flatten(1, 2))
 
 
-class InfiniteTalkBlock(WanTransformerBlock):
-    """A Wan block that also hears: self-attention, text and picture, voice, feed-forward."""
+class SelfAttention(WanAttnProcessor):
+    """The library's, but that it also tells how much each token looks at each of some regions of the first frame."""
 
-    def __init__(self, dim: int, ffn_dim: int, heads: int, eps: float, image_width: int, audio_width: int) -> None:
+    def __call__(self, attn: Any, hidden_states: Tensor, *conditions: Any, regions: Tensor | None = None) -> Any:
+        """→ [B, S, D]; with regions (bool [R, tokens of a frame]) also float32 [R, S]."""
+        if regions is None:
+            return super().__call__(attn, hidden_states, *conditions)
+        cosines, sines = (table[0, :, :, ::2] for table in conditions[2])
+        query = turn(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)), cosines, sines)
+        key = turn(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)), cosines, sines)
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        attended = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](attended.flatten(2)), attention_to_regions(query, key, regions)
+
+
+class InfiniteTalkBlock(WanTransformerBlock):
+    """A Wan block that also hears: self-attention, text and picture, voices, feed-forward."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        heads: int,
+        eps: float,
+        image_width: int,
+        audio_width: int,
+        audio_branches: Sequence[str],
+    ) -> None:
         super().__init__(dim, ffn_dim, heads, "rms_norm_across_heads", True, eps, added_kv_proj_dim=image_width)
-        self.norm_x = FP32LayerNorm(dim, eps, elementwise_affine=True)
-        self.audio_cross_attn = AudioCrossAttention(dim, heads, audio_width)
+        self.attn1.set_processor(SelfAttention())
+        self.norm_x = nn.ModuleDict({name: FP32LayerNorm(dim, eps, elementwise_affine=True) for name in audio_branches})
+        self.audio_cross_attn = nn.ModuleDict(
+            {name: AudioCrossAttention(dim, heads, audio_width) for name in audio_branches}
+        )
 
     def forward(
         self,
@@ -84,26 +138,34 @@ class InfiniteTalkBlock(WanTransformerBlock):
         encoder_hidden_states: Tensor,
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor],
-        audio_tokens: Tensor | None = None,
+        voices: Voices | None = None,
     ) -> Tensor:
-        """[B, S, D] → [B, S, D]; temb: float32 [B, 6, D]; the audio branch is left out where there are no tokens."""
+        """[B, S, D] → [B, S, D]; temb: float32 [B, 6, D]; without voices the audio branch is left out."""
         dtype = hidden_states.dtype
         modulation = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
 
         normed = (self.norm1(hidden_states.float()) * (1 + scale) + shift).to(dtype)
-        attended = self.attn1(normed, None, None, rotary_emb)
+        if voices is None or voices.regions is None:
+            attended, positions = self.attn1(normed, None, None, rotary_emb), None
+        else:
+            attended, looks = self.attn1(normed, None, None, rotary_emb, regions=voices.regions)
+            positions = token_positions(looks)
         hidden_states = (hidden_states.float() + attended * gate).to(dtype)
 
         normed = self.norm2(hidden_states.float()).to(dtype)
         hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
 
-        if audio_tokens is not None:
-            normed = self.norm_x(hidden_states.float()).to(dtype)
-            hidden_states = hidden_states + self.audio_cross_attn(normed, audio_tokens)
+        if voices is not None:
+            normed = self.norm_x[voices.branch](hidden_states.float()).to(dtype)
+            hidden_states = hidden_states + self.audio_cross_attn[voices.branch](normed, voices.tokens, positions)
 
         normed = (self.norm3(hidden_states.float()) * (1 + ff_scale) + ff_shift).to(dtype)
         return (hidden_states.float() + self.ffn(normed).float() * ff_gate).to(dtype)
+
+
+# So that diffusers' own caches (`enable_cache`) know where the block's outcome is.
+TransformerBlockRegistry.register(InfiniteTalkBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 class InfiniteTalkTransformer3DModel(WanTransformer3DModel):
@@ -129,6 +191,7 @@ class InfiniteTalkTransformer3DModel(WanTransformer3DModel):
         audio_tokens: int,
         audio_width: int,
         audio_window: int,
+        audio_branches: Sequence[str],
         eps: float,
     ) -> None:
         dim = num_attention_heads * attention_head_dim
@@ -146,9 +209,15 @@ class InfiniteTalkTransformer3DModel(WanTransformer3DModel):
             eps=eps,
         )
         self.blocks = nn.ModuleList(
-            InfiniteTalkBlock(dim, ffn_dim, num_attention_heads, eps, dim, audio_width) for _ in range(num_layers)
+            InfiniteTalkBlock(dim, ffn_dim, num_attention_heads, eps, dim, audio_width, audio_branches)
+            for _ in range(num_layers)
         )
-        self.audio_proj = AudioProjection(audio_window, audio_features, audio_hidden, audio_tokens, audio_width)
+        self.audio_proj = nn.ModuleDict(
+            {
+                name: AudioProjection(audio_window, audio_features, audio_hidden, audio_tokens, audio_width)
+                for name in audio_branches
+            }
+        )
 
     def forward(
         self,
@@ -157,17 +226,23 @@ class InfiniteTalkTransformer3DModel(WanTransformer3DModel):
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor,
         audio: Tensor | None = None,
+        branch: str = "single",
+        regions: Tensor | None = None,
+        cache: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None,
     ) -> Tensor:
         """One prediction.
 
         hidden_states: [B, in_channels, T, H, W]; timestep: float [B] in [0, 1000]; encoder_hidden_states: [B, 512,
-        text_dim], the prompt padded with zeros; encoder_hidden_states_image: [B, 257, image_dim]; audio: [B, 1 + 4 (T -
-        1), window, layers, channels], or None to leave the audio branch out → float32 [B, out_channels, T, H, W].
+        text_dim], the prompt padded with zeros; encoder_hidden_states_image: [B, 257, image_dim]; audio: [B, speakers,
+        1 + 4 (T - 1), window, layers, channels] for one of the `audio_branches`, or None to leave the audio out;
+        regions: of two speakers, bool [2, H / 2, W / 2], where each of them is in the given frame (B is 1 then);
+        cache: stands between the blocks and what they are given, see `cache.TeaCache` → float32 [B, out_channels, T, H,
+        W].
         """
         batch, _, frames, height, width = hidden_states.shape
         embedder = self.condition_embedder
-        rotary = self.rope(hidden_states)
-        audio_tokens = None if audio is None else self.audio_proj(audio)
+        rotary_embedding = self.rope(hidden_states)
+        voices = None if audio is None else self._voices(audio, branch, regions)
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
         # Time stays in float32 all the way into the blocks' modulation and the head, whatever the weights' type.
@@ -176,13 +251,28 @@ class InfiniteTalkTransformer3DModel(WanTransformer3DModel):
         text = embedder.text_embedder(encoder_hidden_states)
         context = torch.cat([embedder.image_embedder(encoder_hidden_states_image), text], dim=1)
 
-        for block in self.blocks:
-            tokens = block(tokens, context, modulation, rotary, audio_tokens)
+        def blocks(tokens: Tensor) -> Tensor:
+            for block in self.blocks:
+                tokens = block(tokens, context, modulation, rotary_embedding, voices)
+            return tokens
+
+        tokens = blocks(tokens) if cache is None else cache(modulation, tokens, blocks)
 
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         patches = self.proj_out(self.norm_out(tokens.float()) * (1 + scale) + shift)
         patches = patches.view(batch, frames, height // 2, width // 2, 2, 2, self.config.out_channels)
         return patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
+
+    def _voices(self, audio: Tensor, branch: str, regions: Tensor | None) -> Voices:
+        batch, speakers = audio.shape[:2]
+        tokens = self.audio_proj[branch](audio.flatten(0, 1)).unflatten(0, (batch, speakers))
+        if speakers == 1:
+            regions = None
+        elif regions is not None:
+            regions = torch.cat([regions, ~regions.any(dim=0, keepdim=True)]).flatten(1)
+        else:
+            raise ValueError("two speakers need regions, to tell who is where")
+        return Voices(branch, tokens.transpose(1, 2).flatten(2, 3), regions)
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:

@@ -139,10 +139,10 @@ def test_nothing_black_comes_out_of_a_broken_model(pipeline: InfiniteTalkPipelin
 
 
 def test_what_cannot_be_generated_is_refused_by_name(pipeline: InfiniteTalkPipeline) -> None:
-    two = [Speaker(voice(5)), Speaker(voice(5))]
-    with pytest.raises(InputError, match="2 speakers") as refusal:
-        next(pipeline.generate(PICTURE, two, "", SHORT))
-    assert refusal.value.param == "speakers"
+    for count in (0, 3):
+        with pytest.raises(InputError, match=f"{count} speakers") as refusal:
+            next(pipeline.generate(PICTURE, [Speaker(voice(5))] * count, "", SHORT))
+        assert refusal.value.param == "speakers"
     with pytest.raises(InputError, match="shorter than one video frame"):
         next(pipeline.generate(PICTURE, [Speaker(voice(1)[:600])], "", SHORT))
     for wrong in ({"steps": 0}, {"shift": 0.0}, {"color_correction": 1.5}, {"seed": -1}):

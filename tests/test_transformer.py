@@ -56,7 +56,7 @@ def test_every_norm_of_a_block_has_the_published_epsilon(pipeline: InfiniteTalkP
     expected = (1e-6 / (1e-6 + 1e-6)) ** 0.5
     for norm in (block.norm1, block.norm3):
         assert norm(faint)[0].item() == pytest.approx(expected, rel=1e-4)
-    for norm in (block.norm2, block.norm_x):
+    for norm in (block.norm2, *block.norm_x.values()):
         assert ((norm(faint)[0] - norm.bias[0]) / norm.weight[0]).item() == pytest.approx(expected, rel=1e-4)
     for norm in (
         block.attn1.norm_q,
@@ -85,7 +85,7 @@ def test_bfloat16_stays_close_to_float32_and_keeps_time_and_head_in_float32(
 
     def predict(model: InfiniteTalkTransformer3DModel) -> torch.Tensor:
         dtype = model.patch_embedding.weight.dtype
-        inputs = random(1, 36, 3, 8, 8), random(1, 512, 64), random(1, 257, 64), random(1, 9, 5, 12, 32)
+        inputs = random(1, 36, 3, 8, 8), random(1, 512, 64), random(1, 257, 64), random(1, 1, 9, 5, 12, 32)
         latents, text, image, audio = (tensor.to(dtype) for tensor in inputs)
         return model(latents, torch.tensor([700.0]), text, image, audio)
 
