@@ -156,7 +156,6 @@ def applied(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> Iterator[N
     """
     places = [(module, leaf, delta, scale) for lora, scale in loras for module, leaf, delta in _places(model, lora)]
     with ExitStack() as undo:
-        undo.callback(_forget_compiled, model)
         for module, leaf, delta, scale in places:
             if isinstance(module, nn.Linear):
                 undo.callback(module.register_forward_hook(_Branch(leaf, delta, scale)).remove)
@@ -164,7 +163,9 @@ def applied(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> Iterator[N
                 parameter = getattr(module, leaf)
                 undo.callback(_put_back, parameter, parameter.detach().clone())
                 _add(parameter, delta, scale)
-        _forget_compiled(model)
+        # Compiled code notices when a hook that it was made with is gone, but not that there is a new one.
+        if any(module._compiled_call_impl is not None for module in model.modules()):
+            torch.compiler.reset()
         yield
 
 
@@ -188,19 +189,13 @@ class _Branch:
 
 @torch.no_grad()
 def _add(parameter: nn.Parameter, delta: Delta, scale: float) -> None:
-    """In place, in whatever storage the parameter has now: offloading keeps storages of its own."""
-    parameter.copy_(parameter.float().add(delta.whole(parameter.device), alpha=scale))
+    """In float32, then in place, in whatever storage the parameter has now: offloading keeps storages of its own."""
+    parameter.copy_(parameter.add(delta.whole(parameter.device), alpha=scale))
 
 
 @torch.no_grad()
 def _put_back(parameter: nn.Parameter, original: Tensor) -> None:
     parameter.copy_(original)
-
-
-def _forget_compiled(model: nn.Module) -> None:
-    """Compiled code does not notice hooks that come or go: without this, the LoRA would come too late or stay."""
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        torch.compiler.reset()
 
 
 # From names and shapes in the file to those in the model.

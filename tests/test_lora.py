@@ -115,9 +115,9 @@ def extracted(model: nn.Module, path: Path, seed: int = 0) -> tuple[Path, Tensor
     added: Tensors = {}
     for published, (up, down, bias) in factors(model, BLOCKS | OTHERS, seed).items():
         library = (BLOCKS | OTHERS)[published]
-        tensors[f"diffusion_model.{published}.lora_up.weight"] = up
+        tensors[f"diffusion_model.{published}.lora_up.weight"] = 2 * up
         tensors[f"diffusion_model.{published}.lora_down.weight"] = down
-        tensors[f"diffusion_model.{published}.alpha"] = torch.tensor(float(RANK))
+        tensors[f"diffusion_model.{published}.alpha"] = torch.tensor(RANK / 2)
         tensors[f"diffusion_model.{published}.diff_b"] = bias
         added |= {f"{library}.weight": up @ down, f"{library}.bias": bias}
     for names, kind, leaf in ((WHOLE, "diff", ".weight"), (MODULATIONS, "diff_m", "")):
@@ -344,7 +344,7 @@ def test_applied_to_quantised_weights(model: InfiniteTalkTransformer3DModel, lor
     up, down = next(delta.factors for delta in lora.deltas if delta.parameter == "blocks.0.attn1.to_q.weight")
     bias = next(delta.factors[0] for delta in lora.deltas if delta.parameter == "blocks.0.attn1.to_q.bias")
     tokens = torch.randn(3, 128)
-    expected = layer(tokens) + 0.9 * (tokens @ down.T @ up.T + bias)
+    expected = layer(tokens) + 0.9 * (0.5 * tokens @ down.T @ up.T + bias)
     with applied(model, [(lora, 0.9)]):
         torch.testing.assert_close(layer(tokens), expected)
         assert not torch.allclose(forward(model), plain, rtol=0, atol=1e-3)
@@ -368,7 +368,7 @@ def test_applied_to_an_offloaded_model(model: InfiniteTalkTransformer3DModel, lo
 def test_applied_to_a_compiled_model(model: InfiniteTalkTransformer3DModel, lora: Lora) -> None:
     with applied(model, [(lora, 0.9)]):
         expected = forward(model)
-    model.compile_repeated_blocks(backend="eager")
+    model.blocks[0].compile(backend="eager")
     plain = forward(model)
     with applied(model, [(lora, 0.9)]):
         torch.testing.assert_close(forward(model), expected, rtol=0, atol=5e-5)
