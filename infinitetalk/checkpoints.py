@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from infinitetalk.errors import CheckpointError
+from infinitetalk.quantization import DequantizedTensors, Quantization, StoredTensors, quantizer
 from infinitetalk.timeline import AUDIO_WINDOW
 from infinitetalk.transformer import InfiniteTalkTransformer3DModel
 
@@ -55,19 +56,25 @@ Rename = Callable[[str], str | None]
 
 
 def load_transformer(
-    wan: Path, audio: Path, device: torch.device, dtype: torch.dtype
+    wan: Path, audio: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> InfiniteTalkTransformer3DModel:
     """wan: the Wan2.1-I2V snapshot; audio: the InfiniteTalk snapshot, or one file of added tensors.
 
     Of the snapshot, the branch for one speaker ("single") and the one for two ("multi") are loaded; one file is the
-    only branch ("single"), which then serves two speakers as well.
+    only branch ("single"), which then serves two speakers as well. A file of `quant_models` holds the base too; of the
+    Wan2.1 snapshot only the config is read then. It is dequantised, unless `quantization` says what to make of any
+    weights that are read.
     """
     config = _read_json(wan / "config.json")
-    whole = wan / TRANSFORMER_FILE
-    base = _Tensors([whole]) if whole.is_file() else _Tensors.sharded(wan / TRANSFORMER_INDEX)
     files = {"single": audio} if audio.is_file() else {name: audio / file for name, file in AUDIO_BRANCH_FILES.items()}
-    branches = {name: _Tensors([file]) for name, file in files.items()}
+    branches = {name: _plain(file) for name, file in files.items()}
     added = branches["single"]
+    whole = wan / TRANSFORMER_FILE
+    base: StoredTensors
+    if isinstance(added, DequantizedTensors):
+        base = added
+    else:
+        base = _Tensors([whole]) if whole.is_file() else _Tensors.sharded(wan / TRANSFORMER_INDEX)
     audio_width = added.shape("audio_proj.norm.weight")[0]
     audio_hidden, window_features = added.shape("audio_proj.proj1.weight")
 
@@ -94,17 +101,23 @@ def load_transformer(
             eps=number("eps"),
         )
     # The library renames the base keys. The added ones have our names already, and its rules would garble them.
-    renamed = {source: target for target, source in convert_wan_transformer_to_diffusers(base.names()).items()}
+    base_names = {name: name for name in base.names() if not _is_audio(name)}
+    renamed = {source: target for target, source in convert_wan_transformer_to_diffusers(base_names).items()}
+
+    def library_name(branch: str, name: str) -> str:
+        return _branch_name(branch, name) if _is_audio(name) else renamed.get(name, name)
 
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if any(part in name for part in FLOAT32_PARTS) else dtype
 
+    finish = quantizer(model, quantization)
     parameters = {name for name, _ in model.named_parameters()}
-    heard = {name for name in parameters if any(part in name for part in AUDIO_PARTS)}
-    _fill(model, base, renamed.get, device, dtype_of, parameters - heard)
+    heard = set(filter(_is_audio, parameters))
+    if base is not added:
+        _fill(model, base, lambda name: renamed.get(name, name), device, dtype_of, parameters - heard, finish=finish)
     for branch, tensors in branches.items():
-        within = {name for name in heard if f".{branch}." in name}
-        _fill(model, tensors, partial(_branch_name, branch), device, dtype_of, within)
+        within = parameters if base is added else {name for name in heard if f".{branch}." in name}
+        _fill(model, tensors, partial(library_name, branch), device, dtype_of, within, finish=finish)
     return model.to(device).eval()
 
 
@@ -118,7 +131,9 @@ def load_vae(wan: Path, device: torch.device) -> AutoencoderKLWan:
     return vae.to(device).eval()
 
 
-def load_text_encoder(wan: Path, device: torch.device, dtype: torch.dtype) -> UMT5EncoderModel:
+def load_text_encoder(
+    wan: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+) -> UMT5EncoderModel:
     """umT5-xxl, the prompt's encoder."""
     tensors = _Tensors([wan / T5_FILE])
     vocabulary, width = tensors.shape("token_embedding.weight")
@@ -139,7 +154,7 @@ def load_text_encoder(wan: Path, device: torch.device, dtype: torch.dtype) -> UM
     with init_empty_weights(include_buffers=False):
         encoder = UMT5EncoderModel(config)
     encoder.encoder.embed_tokens = encoder.shared
-    _fill(encoder, tensors, _t5_name, device, lambda _: dtype)
+    _fill(encoder, tensors, _t5_name, device, lambda _: dtype, finish=quantizer(encoder, quantization))
     return encoder.to(device).eval()
 
 
@@ -191,6 +206,10 @@ def load_speech_encoder(folder: Path, device: torch.device) -> Wav2Vec2Model:
 
 
 # Published names → library names; None for a tensor that is not needed.
+
+
+def _is_audio(name: str) -> bool:
+    return any(part in name for part in AUDIO_PARTS)
 
 
 def _branch_name(branch: str, name: str) -> str:
@@ -312,6 +331,14 @@ class _Tensors:
                     yield waiting.pop(0), tensor
 
 
+def _plain(file: Path) -> StoredTensors:
+    """One file's tensors, dequantised as they are read where optimum-quanto quantised them."""
+    tensors = _Tensors([file])
+    if not DequantizedTensors.quantized(tensors):
+        return tensors
+    return DequantizedTensors(tensors, _read_json(file.with_suffix(".json")))
+
+
 def _open(file: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
     """A file's tensors: their shapes, and a function that maps one of them."""
     _require(file)
@@ -340,17 +367,19 @@ def _open(file: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
 
 def _fill(
     module: nn.Module,
-    tensors: _Tensors,
+    tensors: StoredTensors,
     rename: Rename,
     device: torch.device,
     dtype_of: Callable[[str], torch.dtype],
     names: set[str] | None = None,
     convert: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]] = lambda name, tensor: [(name, tensor)],
+    finish: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Give a module that has no storage yet its tensors, each cast and placed once; all must be there, and fit.
 
     `names`: the parameters to fill, all by default. `rename` turns a published name into the library's, or into None
-    where the tensor is not needed; `convert` turns a published tensor into those that the library has in its place.
+    where the tensor is not needed; `convert` turns a published tensor into those that the library has in its place, and
+    `finish` one of these, placed, into what is kept.
     """
     shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
     expected = shapes.keys() if names is None else names
@@ -368,7 +397,8 @@ def _fill(
                     f"{file}: tensor {published!r} has shape {list(tensor.shape)}, expected {shapes[target]}."
                 )
             missing.discard(target)
-            _place(module, target, torch.empty_like(tensor, dtype=dtype_of(target), device=device).copy_(tensor))
+            placed = torch.empty_like(tensor, dtype=dtype_of(target), device=device).copy_(tensor)
+            _place(module, target, finish(target, placed))
     if missing:
         first = f"{min(missing)!r}, in the library's words"
         raise CheckpointError(
