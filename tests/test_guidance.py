@@ -9,6 +9,7 @@ from infinitetalk.guidance import (
     UNCONDITIONAL,
     WITHOUT_TEXT,
     WITHOUT_VOICE,
+    ProjectedGuidance,
     combine,
     default_shift,
     passes,
@@ -32,6 +33,27 @@ def test_each_scale_multiplies_its_own_difference() -> None:
     conditional, without_text, unconditional = (torch.tensor([value]) for value in (7.0, 3.0, 2.0))
     assert combine([conditional, without_text, unconditional], 5.0, 4.0).item() == 2 + 5 * 4 + 4 * 1
     assert combine([conditional, without_text], 1.0, 4.0).item() == 3 + 4 * 4
+
+
+def test_projected_guidance_keeps_what_is_at_right_angles_to_the_prediction() -> None:
+    guide = ProjectedGuidance(momentum=0, threshold=0)
+    assert guide(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])).tolist() == [3, 0]
+    bounded = ProjectedGuidance(momentum=0, threshold=1)
+    torch.testing.assert_close(bounded(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])), torch.tensor([0.6, 0.0]))
+
+
+def test_projected_guidance_remembers_the_steps_before() -> None:
+    guide = ProjectedGuidance(momentum=-0.5, threshold=0)
+    difference, conditional = torch.tensor([4.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert [guide(difference, conditional)[0].item() for _ in range(3)] == [4, 2, 3]
+
+
+def test_projected_guidance_adds_each_condition_to_the_conditional_prediction() -> None:
+    conditional, without_text, unconditional = (torch.tensor(x) for x in ([1.0, 0.0], [1.0, -2.0], [1.0, -5.0]))
+    guides = [ProjectedGuidance(0, 0), ProjectedGuidance(0, 0)]
+    guided = combine([conditional, without_text, unconditional], 5.0, 4.0, guides)
+    assert guided.tolist() == [1, (5 - 1) * 2 + (4 - 1) * 3]
+    assert combine([conditional, without_text], 1.0, 4.0, guides).tolist() == [1, (4 - 1) * 2 - 0]
 
 
 def test_timesteps_fall_from_1000_to_0() -> None:
