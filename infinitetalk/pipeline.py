@@ -26,6 +26,8 @@ from infinitetalk.color import match_color
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import Box, output_size, resize_and_crop, speaker_regions
 from infinitetalk.guidance import Pass, ProjectedGuidance, combine, default_shift, passes, timesteps
+from infinitetalk.memory import CPU, IN_PLACE, Preset, call_on, offload_blocks, select
+from infinitetalk.quantization import Quantization
 from infinitetalk.settings import Settings
 from infinitetalk.timeline import Timeline, plan_scenes
 from infinitetalk.transformer import TEMPORAL_STRIDE, InfiniteTalkTransformer3DModel
@@ -123,26 +125,37 @@ class InfiniteTalkPipeline:
         tokenizer: PreTrainedTokenizerBase,
         image_encoder: CLIPVisionModel,
         speech_encoder: Wav2Vec2Model,
+        preset: Preset = IN_PLACE,
     ) -> None:
+        """preset: says where the parts given lie. They compute where VAE and speech encoder are."""
         self.transformer = transformer
         self.vae = vae
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.image_encoder = image_encoder
         self.speech_encoder = speech_encoder
-        self.device: torch.device = transformer.device
+        self.preset = preset
+        self.device: torch.device = vae.device
         self.dtype: torch.dtype = transformer.patch_embedding.weight.dtype
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=self.device)
         self._latents_mean, self._latents_std = statistics[:, None, :, None, None, None]
 
     @classmethod
     def from_snapshots(
-        cls, wan: Path, infinitetalk: Path, wav2vec2: Path, device: str | torch.device | None = None
+        cls,
+        wan: Path,
+        infinitetalk: Path,
+        wav2vec2: Path,
+        device: str | torch.device | None = None,
+        memory: str | None = None,
+        quantization: Quantization | None = None,
     ) -> "InfiniteTalkPipeline":
         """Load the published snapshots (`infinitetalk`: its folder, or one file of audio weights).
 
         On a GPU, the default where there is one, in the published precisions: transformer and T5 bfloat16, CLIP
-        float16, VAE and speech encoder float32. On a CPU everything is float32. Raises CheckpointError.
+        float16, VAE and speech encoder float32. On a CPU everything is float32. `memory` names one of `memory.PRESETS`
+        in place of that for the GPU; `quantization` makes the transformer's weights of one byte. Raises
+        CheckpointError, and InputError for a device or a preset that is not there.
         """
         try:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -150,14 +163,21 @@ class InfiniteTalkPipeline:
         except (RuntimeError, AssertionError) as error:
             message = f"device is {str(device)!r}, which this machine does not have; use 'cuda' or 'cpu'."
             raise InputError("device", message) from error
+        preset = select(memory, device)
+        waiting = CPU if preset.offload_encoders else device
         half, clip_half = (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
+        placed = CPU if preset.offload_blocks else device
+        transformer = checkpoints.load_transformer(wan, infinitetalk, placed, half, quantization)
+        if preset.offload_blocks:
+            offload_blocks(transformer, device)
         return cls(
-            checkpoints.load_transformer(wan, infinitetalk, device, half),
+            transformer,
             checkpoints.load_vae(wan, device),
-            checkpoints.load_text_encoder(wan, device, half),
+            checkpoints.load_text_encoder(wan, waiting, half),
             checkpoints.load_tokenizer(wan),
-            checkpoints.load_image_encoder(wan, device, clip_half),
+            checkpoints.load_image_encoder(wan, waiting, clip_half),
             checkpoints.load_speech_encoder(wav2vec2, device),
+            preset,
         )
 
     @torch.no_grad()
@@ -259,7 +279,8 @@ class InfiniteTalkPipeline:
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.device)
-        hidden = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        outputs = call_on(self.device, self.text_encoder, tokens.input_ids, attention_mask=tokens.attention_mask)
+        hidden = outputs.last_hidden_state
         return (hidden * tokens.attention_mask[..., None]).to(self.dtype)
 
     def encode_picture(self, picture: Tensor) -> Tensor:
@@ -270,7 +291,8 @@ class InfiniteTalkPipeline:
         square = F.interpolate(picture[None], (CLIP_SIDE, CLIP_SIDE), mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         pixels = ((square / 2 + 0.5) - mean) / std
-        features = self.image_encoder(pixels.to(self.image_encoder.dtype), output_hidden_states=True)
+        pixels = pixels.to(self.image_encoder.dtype)
+        features = call_on(self.device, self.image_encoder, pixels, output_hidden_states=True)
         return features.hidden_states[-2].to(self.dtype)
 
     def encode_video(self, video: Tensor) -> Tensor:
@@ -280,7 +302,9 @@ class InfiniteTalkPipeline:
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """The inverse of `encode_video`, clipped to [-1, 1]."""
-        return self.vae.decode(latents[None] * self._latents_std + self._latents_mean).sample[0]
+        height, width = (VAE_STRIDE * side for side in latents.shape[-2:])
+        decode = self.vae.tiled_decode if self.preset.tiles(height, width) else self.vae.decode
+        return decode(latents[None] * self._latents_std + self._latents_mean).sample[0]
 
     def _voices(self, speakers: Sequence[Speaker], settings: Settings) -> "Sequence[VoiceFeatures | _GivenFeatures]":
         """The features of each speaker's voice, all of one length."""
