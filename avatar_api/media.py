@@ -7,19 +7,19 @@ caller's file ends in an `InputError` naming the input, the file and the remedy;
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from io import FileIO
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Literal, NamedTuple, Self, TypeVar, cast
 
 import av
 import numpy as np
 import soundfile
 import soxr
-from av import AudioFrame, AudioStream, VideoFrame, VideoStream
+from av import AudioFrame, AudioStream, Packet, VideoFrame, VideoStream
 from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from numpy.typing import NDArray
@@ -38,11 +38,13 @@ SOURCE_RATES = (1_000, 1_000_000)  # Hz: below, a small file would swell to days
 LOUDEST_SAMPLE = 2.0**32  # full scale is 1.0; floats holding 32-bit integers pass, NaN, infinity and garbage do not
 BLOCK_VALUES = 2**17  # samples times channels decoded at a time
 
-# All that FFmpeg may open: the file it is handed, as a container that holds its sound itself. Playlists (HLS, DASH,
-# concat, SDP, …) would let an uploaded file name other files and addresses.
+# All that FFmpeg may open: the file it is handed, as a container that holds its sound and pictures itself. Playlists
+# (HLS, DASH, concat, SDP, …) would let an uploaded file name other files and addresses. Opening decodes a few pictures,
+# but no larger ones.
 FFMPEG_LIMITS = {
     "protocol_whitelist": "fd",
     "format_whitelist": "mov,matroska,ogg,mp3,aac,wav,flac,aiff,caf,amr,asf,avi,flv,mpegts,mpeg",
+    "max_pixels": str(MAX_PIXELS),
 }
 
 SOUND_RATE = 48000  # Hz: the AAC track of a video
@@ -59,6 +61,7 @@ REORDERED_FRAMES = 2  # at most so many frames does the preset's encoder decode 
 
 _Samples = NDArray[np.float32]
 _Pixels = NDArray[np.uint8]
+_Stream = TypeVar("_Stream", AudioStream, VideoStream)
 
 _PICTURES: dict[str, Callable[[FileIO], Image.Image]] = {
     "a PNG picture": PngImagePlugin.PngImageFile,
@@ -105,31 +108,31 @@ def read_picture(path: Path, param: str = "input_reference") -> _Pixels:
     `InputError` for anything else, for damaged files, sides under 16 pixels and more than 50 megapixels (judged from
     the header, before decoding).
     """
-    with _open(path, param) as file:
-        looks_like = _looks_like(file)
-        if looks_like not in _PICTURES:
-            raise _refused(path, param, f"looks like {looks_like}; send a PNG, JPEG or WebP picture")
+    with open_file(path, param) as file:
+        kind = looks_like(file)
+        if kind not in _PICTURES:
+            raise refused(path, param, f"looks like {kind}; send a PNG, JPEG or WebP picture")
         try:
             # Not Image.open: its own size check would warn or raise before ours could name the size.
-            image = _PICTURES[looks_like](file)
-            _check_size(image.size, path, param)
+            image = _PICTURES[kind](file)
+            check_size(image.size, path, param)
             image.load()
             return _rgb(image)
         except (InputError, MemoryError):
             raise
         except Exception as error:  # Pillow raises nearly any type on damaged data
-            problem = f"looks like {looks_like}, cut off or damaged ({error}); send a whole one"
-            raise _refused(path, param, problem, "damaged_file") from error
+            problem = f"looks like {kind}, cut off or damaged ({error}); send a whole one"
+            raise refused(path, param, problem, "damaged_file") from error
 
 
-def _check_size(size: tuple[int, int], path: Path, param: str) -> None:
+def check_size(size: tuple[int, int], path: Path, param: str) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
         problem = f"is {width}x{height}, {width * height:,} pixels; the limit is {MAX_PIXELS:,}: scale it down"
-        raise _refused(path, param, problem, "too_large")
+        raise refused(path, param, problem, "too_large")
     if min(width, height) < MIN_SIDE:
         problem = f"is {width}x{height} pixels; each side needs at least {MIN_SIDE}: send a larger one"
-        raise _refused(path, param, problem, "too_small")
+        raise refused(path, param, problem, "too_small")
 
 
 def _rgb(image: Image.Image) -> _Pixels:
@@ -139,12 +142,14 @@ def _rgb(image: Image.Image) -> _Pixels:
         image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255, not scale
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
-        image = white
-    return np.array(image.convert("RGB"))
+    return np.array(over_white(image) if image.has_transparency_data else image.convert("RGB"))
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def read_voice(path: Path, param: str = "audio", max_seconds: float | None = None) -> _Samples:
@@ -170,7 +175,7 @@ def read_voice(path: Path, param: str = "audio", max_seconds: float | None = Non
     samples = math.ceil(heard * SAMPLE_RATE / rate)
     if samples < SHORTEST_VOICE:
         lasts = f"lasts {samples / SAMPLE_RATE:.3f} s as far as it can be read"
-        raise _refused(path, param, f"{lasts}; a voice needs at least {1 / FRAMES_PER_SECOND} s", "too_short")
+        raise refused(path, param, f"{lasts}; a voice needs at least {1 / FRAMES_PER_SECOND} s", "too_short")
     if longest is not None:
         samples = min(samples, longest)
     del voice[samples * 4 :]
@@ -178,28 +183,35 @@ def read_voice(path: Path, param: str = "audio", max_seconds: float | None = Non
     return np.frombuffer(voice, np.float32)
 
 
-def _open_sound(path: Path, param: str) -> tuple[int, int, Iterator[_Samples]]:
-    """(rate in Hz, channels, blocks as they are decoded: float32 [samples, channels], at least one)."""
+class _Sound(NamedTuple):
+    """A sound file that is being read."""
+
+    rate: int  # Hz
+    channels: int
+    blocks: Iterator[_Samples]  # float32 [samples, channels], as they are decoded; at least one
+
+
+def _open_sound(path: Path, param: str) -> _Sound:
     blocks = _checked_blocks(path, param)
     rate, first = next(blocks)
-    return rate, first.shape[1], chain([first], (block for _, block in blocks))
+    return _Sound(rate, first.shape[1], chain([first], (block for _, block in blocks)))
 
 
 def _checked_blocks(path: Path, param: str) -> Iterator[tuple[int, _Samples]]:
     empty = True
-    with _open(path, param) as file:
+    with open_file(path, param) as file:
         for rate, block in _decoded_blocks(file, path, param):
             low, high = SOURCE_RATES
             if not low <= rate <= high:
-                raise _refused(path, param, f"has a sample rate of {rate} Hz; send one from {low} to {high} Hz")
+                raise refused(path, param, f"has a sample rate of {rate} Hz; send one from {low} to {high} Hz")
             if not (np.abs(block) <= LOUDEST_SAMPLE).all():
                 problem = "holds samples that are infinite or not numbers; export it again"
-                raise _refused(path, param, problem, "damaged_file")
+                raise refused(path, param, problem, "damaged_file")
             if len(block):
                 empty = False
                 yield rate, block
     if empty:
-        raise _refused(path, param, "holds no sound that can be read; send a whole file", "damaged_file")
+        raise refused(path, param, "holds no sound that can be read; send a whole file", "damaged_file")
 
 
 def _decoded_blocks(file: FileIO, path: Path, param: str) -> Iterator[tuple[int, _Samples]]:
@@ -229,29 +241,36 @@ def _libsndfile_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, _Sampl
 
 
 def _ffmpeg_blocks(file: FileIO, path: Path, param: str) -> Iterator[tuple[int, _Samples]]:
-    remedy = "send a whole WAV, MP3, FLAC, M4A or OGG file, or a video with sound"
-    file.seek(0)
+    voice = "a whole WAV, MP3, FLAC, M4A or OGG file, or a video with sound"
     try:
-        container = av.open("fd:", "r", options=FFMPEG_LIMITS | {"fd": str(file.fileno())}, metadata_errors="replace")
+        container = open_container(file)
     except av.FFmpegError as error:
-        problem = f"looks like {_looks_like(file)}, and no sound can be read from it"
-        raise _refused(path, param, f"{problem}; {remedy}") from error
+        problem = f"looks like {looks_like(file)}, and no sound can be read from it"
+        raise refused(path, param, f"{problem}; send {voice}") from error
     with container:
         stream = container.streams.best("audio")
         if not isinstance(stream, AudioStream):
-            raise _refused(path, param, f"has no sound; {remedy}", "no_sound")
+            raise refused(path, param, f"has no sound; send a voice: {voice}", "no_sound")
         for frame in _one_format(_decoded(container, stream)):
             yield frame.sample_rate, _samples(frame).reshape(frame.samples, -1)
 
 
+def open_container(file: FileIO) -> InputContainer:
+    """Open what FFmpeg may open, else av.FFmpegError. Reading moves the position in `file`, which must stay open."""
+    file.seek(0)
+    return av.open("fd:", "r", options=FFMPEG_LIMITS | {"fd": str(file.fileno())}, metadata_errors="replace")
+
+
+def packets(container: InputContainer, stream: _Stream) -> "Iterator[Packet[_Stream]]":
+    """All packets that can be read: at a damaged or missing end they end."""
+    # IndexError: PyAV's end of a file that gains a stream
+    with contextlib.suppress(IndexError, av.FFmpegError):
+        yield from container.demux(stream)
+
+
 def _decoded(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
-    """Decode all that can be: a damaged packet is left out, and at a damaged or missing end the sound ends."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, IndexError, av.FFmpegError):  # IndexError: PyAV's end of a file that gains a stream
-            return
+    """Decode all that can be: a damaged packet is left out."""
+    for packet in packets(container, stream):
         with contextlib.suppress(av.FFmpegError):
             yield from packet.decode()
 
@@ -290,22 +309,34 @@ class VideoWriter:
     mono and anything else as stereo; it is cut, or continued in silence, to end with the picture. The same frames and
     sound give the same bytes.
 
+    Several sounds are heard `together`, added sample by sample, or `in_turn`: the next begins where the 16 kHz voice of
+    the one before, as `read_voice` gives it, ends.
+
     Frames are either written or, from silent videos that this class wrote, appended as they are encoded: a long video
     can be made piece by piece and joined at the end.
     """
 
-    def __init__(self, path: Path, width: int, height: int, sound: Path | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        width: int,
+        height: int,
+        sound: Path | Sequence[Path | None] | None,
+        order: Literal["together", "in_turn"] = "together",
+    ) -> None:
         """`width` and `height` in pixels, multiples of 16; `sound` as for `read_voice`, None for a silent film.
 
-        Raises ValueError for another size. Entering raises `InputError` (param "audio") for a sound that cannot be
-        read; leaving raises RuntimeError if no frame was written. A full disk is an OSError.
+        Of several sounds, None is silence as long as the first that is there. Raises ValueError for another size.
+        Entering raises `InputError` (param "audio", "audio_2", …) for a sound that cannot be read; leaving raises
+        RuntimeError if no frame was written. A full disk is an OSError.
         """
         if min(width, height) < 16 or width % 16 or height % 16:
             raise ValueError(f"width and height must be multiples of 16, not {width}x{height}")
         self._path = path
         self._part = path.with_name(path.name + ".part")
         self._width, self._height = width, height
-        self._sound_file = sound
+        self._sound_files = sound if isinstance(sound, Sequence) else [sound]
+        self._order = order
         self._sound: Iterator[_Samples] | None = None
         self.frames = 0
         """How many are written so far."""
@@ -316,10 +347,10 @@ class VideoWriter:
         self._rgb_to_yuv = VideoReformatter()
         self._encoder: VideoStream | None = None
         self._copied: VideoStream | None = None
-        if self._sound_file is not None:
-            rate, channels, blocks = _open_sound(self._sound_file, "audio")
-            self._layout = "mono" if channels == 1 else "stereo"
-            self._sound = _sound_track(rate, blocks, self._layout)
+        if any(self._sound_files):
+            sounds = _open_sounds(self._sound_files)
+            self._layout = "mono" if all(sound.channels == 1 for sound in sounds) else "stereo"
+            self._sound = _sound_track(sounds, self._layout, self._order)
         return self
 
     def write(self, frames: _Pixels) -> None:
@@ -415,22 +446,61 @@ class VideoWriter:
         self._part.replace(self._path)
 
 
-def _sound_track(rate: int, blocks: Iterator[_Samples], layout: str) -> Iterator[_Samples]:
+def _open_sounds(files: Sequence[Path | None]) -> list[_Sound]:
+    there = [(file, f"audio_{number}" if number > 1 else "audio") for number, file in enumerate(files, 1) if file]
+    opened = iter([_open_sound(*file) for file in there])
+    return [next(opened) if file else _muted(_open_sound(*there[0])) for file in files]
+
+
+def _muted(sound: _Sound) -> _Sound:
+    return sound._replace(blocks=map(np.zeros_like, sound.blocks))
+
+
+def _sound_track(sounds: list[_Sound], layout: str, order: str) -> Iterator[_Samples]:
     """Yield float32 [channels, 1920] at 48 kHz: the sound of one frame of video after another, and then silence."""
+    tracks = [_at_sound_rate(sound, layout) for sound in sounds]
+    if order == "in_turn":
+        tracks = [chain.from_iterable(tracks)]
+    silence = np.zeros((_channels(layout), SOUND_PER_FRAME), np.float32)
+    tracks = [chain(_by_frames(track, silence), repeat(silence)) for track in tracks]
+    if len(tracks) == 1:
+        return tracks[0]
+    return (np.clip(np.sum(pieces, axis=0), -1, 1) for pieces in zip(*tracks, strict=True))
+
+
+def _at_sound_rate(sound: _Sound, layout: str) -> Iterator[_Samples]:
+    """Yield float32 [channels, any number] at 48 kHz, exactly as long as the voice that the model hears."""
     resampler = av.AudioResampler("fltp", layout, SOUND_RATE, frame_size=SOUND_PER_FRAME)
-    for block in blocks:
-        if block.shape[1] not in LAYOUTS:
+    heard = made = 0
+    for block in sound.blocks:
+        heard += len(block)
+        if block.shape[1] not in LAYOUTS or block.shape[1] < _channels(layout):
             block = block.mean(axis=1, keepdims=True).repeat(2, axis=1)
         frame = AudioFrame.from_ndarray(np.clip(block, -1, 1).reshape(1, -1), "flt", LAYOUTS[block.shape[1]])
-        frame.sample_rate = rate
+        frame.sample_rate = sound.rate
         for piece in resampler.resample(frame):
+            made += piece.samples
             yield _samples(piece)
-    silence = np.zeros((1 if layout == "mono" else 2, SOUND_PER_FRAME), np.float32)
     for piece in resampler.resample(None):
-        last = _samples(piece)
-        yield np.concatenate([last, silence[:, last.shape[1] :]], axis=1)
-    while True:
-        yield silence
+        made += piece.samples
+        yield _samples(piece)
+    length = math.ceil(heard * SAMPLE_RATE / sound.rate) * (SOUND_RATE // SAMPLE_RATE)
+    yield np.zeros((_channels(layout), length - made), np.float32)  # the resampler rounds down
+
+
+def _by_frames(pieces: Iterator[_Samples], silence: _Samples) -> Iterator[_Samples]:
+    """The same sound in pieces of one frame of video each; silence fills the last."""
+    rest = silence[:, :0]
+    for piece in pieces:
+        rest = np.concatenate([rest, piece], axis=1)
+        while rest.shape[1] >= SOUND_PER_FRAME:
+            yield rest[:, :SOUND_PER_FRAME]
+            rest = rest[:, SOUND_PER_FRAME:]
+    yield np.concatenate([rest, silence[:, rest.shape[1] :]], axis=1)
+
+
+def _channels(layout: str) -> int:
+    return 1 if layout == "mono" else 2
 
 
 def _block_length(channels: int) -> int:
@@ -441,17 +511,17 @@ def _samples(frame: AudioFrame) -> _Samples:
     return frame.to_ndarray().astype(np.float32, copy=False)
 
 
-def _open(path: Path, param: str) -> FileIO:
+def open_file(path: Path, param: str) -> FileIO:
     if not path.exists():
-        raise _refused(path, param, "does not exist; check the path", "not_found")
+        raise refused(path, param, "does not exist; check the path", "not_found")
     if not path.is_file():
-        raise _refused(path, param, "is not a file; name one file", "not_a_file")
+        raise refused(path, param, "is not a file; name one file", "not_a_file")
     if not path.stat().st_size:
-        raise _refused(path, param, "is empty (0 bytes); send it again", "empty_file")
+        raise refused(path, param, "is empty (0 bytes); send it again", "empty_file")
     return FileIO(path)  # unbuffered: libsndfile and FFmpeg seek in the same descriptor
 
 
-def _looks_like(file: FileIO) -> str:
+def looks_like(file: FileIO) -> str:
     file.seek(0)
     start = file.read(64)
     file.seek(0)
@@ -463,5 +533,5 @@ def _looks_like(file: FileIO) -> str:
     return "none of the formats known here"
 
 
-def _refused(path: Path, param: str, problem: str, code: str = "unsupported_format") -> InputError:
+def refused(path: Path, param: str, problem: str, code: str = "unsupported_format") -> InputError:
     return InputError(param, f"{param}: {path.name or '.'!r} {problem}.", code)

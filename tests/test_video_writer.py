@@ -2,10 +2,11 @@
 
 import resource
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from avatar_api.media import VideoWriter
+from avatar_api.media import VideoWriter, read_voice
 from infinitetalk.errors import InputError
 
 Pixels = NDArray[np.uint8]
@@ -47,8 +48,13 @@ def sound_file(path: Path, *channels: Samples, rate: int = 48000) -> Path:
     return path
 
 
-def write(path: Path, frames: Pixels, sound: Path | None = None) -> Path:
-    with VideoWriter(path, frames.shape[2], frames.shape[1], sound) as writer:
+def write(
+    path: Path,
+    frames: Pixels,
+    sound: Path | Sequence[Path | None] | None = None,
+    order: Literal["together", "in_turn"] = "together",
+) -> Path:
+    with VideoWriter(path, frames.shape[2], frames.shape[1], sound, order) as writer:
         writer.write(frames)
     return path
 
@@ -216,6 +222,102 @@ def test_samples_above_full_scale_are_clipped(tmp_path: Path) -> None:
     assert np.abs(samples).max() < 2
 
 
+def test_two_voices_together_are_added_and_the_shorter_goes_on_in_silence(tmp_path: Path) -> None:
+    voices = [
+        sound_file(tmp_path / "long.wav", sine(2, 440) / np.float32(2)),
+        sound_file(tmp_path / "short.wav", sine(1, 1000, rate=16000) / np.float32(2), rate=16000),
+    ]
+    one = heard(write(tmp_path / "one.mp4", film(50), voices))
+    other = heard(write(tmp_path / "other.mp4", film(50), voices[::-1]))
+    np.testing.assert_array_equal(one, other)
+    assert one.shape[0] == 1
+    spectrum = np.abs(np.fft.rfft(one[0][:48000]))
+    assert sorted(np.argsort(spectrum)[-2:]) == [440, 1000]
+    assert spectrum[440] == pytest.approx(spectrum[1000], rel=0.05)
+    assert level(one[0][:45600]) == pytest.approx(0.25, rel=0.02)  # two sines of 0.25
+    assert pitch(one[0][52800:93600]) == pytest.approx(440, abs=2)
+    assert level(one[0][52800:93600]) == pytest.approx(0.25 / np.sqrt(2), rel=0.02)
+
+
+def test_two_loud_voices_together_are_clipped_at_full_scale(tmp_path: Path) -> None:
+    one, other = sine(2, 440) * np.float32(1.8), sine(2, 300) * np.float32(1.8)
+    voices = [sound_file(tmp_path / "one.wav", one), sound_file(tmp_path / "other.wav", other)]
+    clipped = sound_file(tmp_path / "clipped.wav", np.clip(one + other, -1, 1))
+    assert np.abs(one + other).max() > 1.7
+    added = write(tmp_path / "added.mp4", film(50), voices)
+    assert added.read_bytes() == write(tmp_path / "video.mp4", film(50), clipped).read_bytes()
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize("seconds", [0.5, 0.98765])
+def test_a_voice_in_turn_begins_at_the_sample_where_the_model_heard_the_other_end(
+    tmp_path: Path, rate: int, seconds: float
+) -> None:
+    first = sound_file(tmp_path / "first.wav", np.zeros(round(seconds * rate), np.float32), rate=rate)
+    noise = (0.2 * np.random.default_rng(0).standard_normal(24000)).astype(np.float32)
+    second = sound_file(tmp_path / "second.wav", noise)
+    samples = heard(write(tmp_path / "video.mp4", film(50), [first, second], "in_turn"))[0]
+    start = int(np.correlate(samples, noise, "valid").argmax())
+    assert start == 3 * len(read_voice(first))
+
+
+def test_voices_in_turn_are_heard_whole_and_then_there_is_silence(tmp_path: Path) -> None:
+    voices = [sound_file(tmp_path / f"{hertz}.wav", sine(0.7, hertz)) for hertz in (440, 1000, 2000)]
+    samples = heard(write(tmp_path / "video.mp4", film(75), voices, "in_turn"))[0]
+    for turn, hertz in enumerate((440, 1000, 2000)):
+        own = samples[33600 * turn + 1000 : 33600 * (turn + 1) - 1000]
+        assert pitch(own) == pytest.approx(hertz, abs=2)
+        assert level(own) == pytest.approx(0.5 / np.sqrt(2), rel=0.02)
+    assert level(samples[33600 * 3 + 2000 :]) < 1e-3
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_missing_voice_is_silence_as_long_as_the_other(tmp_path: Path, missing: int) -> None:
+    voice = sound_file(tmp_path / "voice.wav", sine(1, 440))
+    voices = [None if number == missing else voice for number in range(2)]
+    together = heard(write(tmp_path / "together.mp4", film(50), voices))[0]
+    np.testing.assert_array_equal(together, heard(write(tmp_path / "alone.mp4", film(50), voice))[0])
+    turns = heard(write(tmp_path / "turns.mp4", film(50), voices, "in_turn"))[0]
+    for turn, samples in enumerate((turns[2000:46000], turns[50000:94000])):
+        assert level(samples) == pytest.approx(0 if turn == missing else 0.5 / np.sqrt(2), rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("order", ["together", "in_turn"])
+def test_one_voice_of_a_list_is_that_voice(tmp_path: Path, order: Literal["together", "in_turn"]) -> None:
+    voice = sound_file(tmp_path / "voice.wav", sine(1.7, 440, rate=44100), rate=44100)
+    listed = write(tmp_path / "listed.mp4", film(50), [voice], order)
+    assert listed.read_bytes() == write(tmp_path / "alone.mp4", film(50), voice).read_bytes()
+
+
+@pytest.mark.parametrize("voices", [[], [None], [None, None]])
+def test_no_voice_of_a_list_is_no_sound(tmp_path: Path, voices: list[Path | None]) -> None:
+    with av.open(str(write(tmp_path / "video.mp4", film(3), voices))) as video:
+        assert [stream.type for stream in video.streams] == ["video"]
+
+
+@pytest.mark.parametrize("order", ["together", "in_turn"])
+def test_beside_a_stereo_voice_a_mono_one_keeps_its_level_on_both_sides(
+    tmp_path: Path, order: Literal["together", "in_turn"]
+) -> None:
+    mono = sound_file(tmp_path / "mono.wav", sine(1, 440))
+    stereo = sound_file(tmp_path / "stereo.wav", sine(1, 1000) / np.float32(2), np.zeros(48000, np.float32))
+    left, right = heard(write(tmp_path / "video.mp4", film(50), [mono, stereo], order))
+    for side in (left, right):
+        assert np.abs(np.fft.rfft(side[:48000]))[440] / 24000 == pytest.approx(0.5, rel=0.02)
+    start = 48000 if order == "in_turn" else 0
+    assert np.abs(np.fft.rfft(left[start : start + 48000]))[1000] / 24000 == pytest.approx(0.25, rel=0.02)
+    assert np.abs(np.fft.rfft(right[start : start + 48000]))[1000] / 24000 < 0.01
+
+
+def test_the_voice_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    voice = sound_file(tmp_path / "voice.wav", sine(1, 440))
+    (tmp_path / "other.mp3").write_text("not a sound")
+    for voices, param in (([voice, tmp_path / "other.mp3"], "audio_2"), ([tmp_path / "other.mp3", None], "audio")):
+        with pytest.raises(InputError, match=rf"^{param}: 'other\.mp3' looks like text") as refused:
+            write(tmp_path / "video.mp4", film(3), voices)
+        assert refused.value.param == param
+
+
 @pytest.mark.parametrize(("name", "codec"), [("voice.m4a", "aac"), ("voice.webm", "libopus"), ("voice.mkv", "flac")])
 def test_every_voice_that_is_read_can_be_the_sound(tmp_path: Path, name: str, codec: str) -> None:
     with av.open(str(tmp_path / name), "w", format="ipod" if name.endswith("m4a") else None) as container:
@@ -243,7 +345,8 @@ def test_frames_may_come_in_any_memory_order_and_number(tmp_path: Path) -> None:
     assert (tmp_path / "planes.mp4").read_bytes() == write(tmp_path / "frames.mp4", film(3)).read_bytes()
 
 
-def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["together", "in_turn"])
+def test_memory_does_not_grow_with_length(tmp_path: Path, order: Literal["together", "in_turn"]) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -251,7 +354,7 @@ def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
         for _ in range(10):
             lecture.write(np.zeros((48000 * 60, 2), np.int16))
     frames = film(20, 192, 192)
-    with VideoWriter(tmp_path / "video.mp4", 192, 192, tmp_path / "lecture.flac") as writer:
+    with VideoWriter(tmp_path / "video.mp4", 192, 192, [tmp_path / "lecture.flac"] * 2, order) as writer:
         for _ in range(5):
             writer.write(frames)
         before = resident()
