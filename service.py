@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import secrets
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,13 +17,13 @@ from typing import Annotated, Any
 import bentoml
 from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
-from bentoml.validators import ContentType
+from bentoml.validators import ContentType, FileSchema
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator
 
 from avatar_api.http import OneErrorShape, adapt_forms, create_app, error_response
+from avatar_api.inputs import lay_down
 from avatar_api.jobs import COMPLETED, FINISHED, Job, JobStore, runner_name
-from avatar_api.media import read_picture, read_voice
 from avatar_api.requests import DEFAULTS, VideoRequest
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
@@ -41,6 +40,9 @@ GRACE_SECONDS = 20.0  # what a clip in the making may take after SIGTERM before 
 
 Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
 """BentoML reads a form's texts as JSON where they are: a prompt of 42 arrives as a number."""
+
+
+OptionalFile = Annotated[Path | None, FileSchema()]  # BentoML takes a bare `Path | None` for no file
 
 
 class ImportedModel(BentoModel):
@@ -130,7 +132,8 @@ class AvatarApi:
         self,
         ctx: bentoml.Context,
         image: Path,
-        audio: Path,
+        audio: OptionalFile = None,
+        audio_2: OptionalFile = None,
         prompt: Text = "",
         size: Text = DEFAULTS.size,
         steps: int = DEFAULTS.steps,
@@ -140,8 +143,10 @@ class AvatarApi:
         shift: float | None = None,
         color_correction: float = DEFAULTS.color_correction,
         max_seconds: float | None = None,
+        speakers: Text = "",
+        scene_cuts: bool = False,
     ) -> Annotated[Path, ContentType("video/mp4")]:
-        """A picture and a voice become a talking video (mp4). The answer comes when the video is there.
+        """A picture or a video and a voice, or two, become a talking video (mp4). The answer comes when it is there.
 
         A caller that goes away cancels the video.
         """
@@ -155,10 +160,13 @@ class AvatarApi:
             "shift": shift,
             "color_correction": color_correction,
             "max_seconds": max_seconds,
+            "speakers": speakers,
+            "scene_cuts": scene_cuts,
         }
+        files = {"image": image, "audio": audio, "audio_2": audio_2}
         try:
             request = VideoRequest.judge(values)
-            job = await asyncio.to_thread(self._submit, request, image, audio)
+            job = await asyncio.to_thread(self._submit, request, files)
         except InputError as error:
             return _refused(ctx, error_response(400, str(error), error.code, error.param))
         while job.state not in FINISHED:
@@ -172,19 +180,10 @@ class AvatarApi:
             return _refused(ctx, _failed(job))
         return self.settings.job_folder(job.id) / str(job.result["video"])
 
-    def _submit(self, request: VideoRequest, image: Path, audio: Path) -> Job:
+    def _submit(self, request: VideoRequest, files: dict[str, Path | None]) -> Job:
         """Lay the files into a folder of the job's own, judge them, and queue the job."""
         job_id = f"video_{secrets.token_hex(12)}"
-        folder = self.settings.job_folder(job_id)
-        folder.mkdir(parents=True)
-        try:
-            read_picture(Path(shutil.copyfile(image, folder / "picture")), "image")
-            read_voice(Path(shutil.copyfile(audio, folder / "voice")), "audio", max_seconds=1)
-        except InputError:
-            shutil.rmtree(folder)
-            raise
-        spec = {"request": request.model_dump(), "picture": "picture", "voice": "voice"}
-        return self.store.submit(spec, job_id=job_id)
+        return self.store.submit(lay_down(request, files, self.settings.job_folder(job_id)), job_id=job_id)
 
 
 adapt_forms(ServiceSettings().max_upload_bytes)

@@ -3,6 +3,7 @@
 Files are judged in `avatar_api.media`, when they are read.
 """
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +16,27 @@ from infinitetalk.timeline import FRAMES_PER_SECOND
 SMALLEST_SIDE, LARGEST_SIDE = 64, 1280  # pixels, of a size given as WIDTHxHEIGHT
 
 DEFAULTS = Settings()
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Speakers(BaseModel):
+    """Where two speakers are, and when they speak."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    boxes: Annotated[
+        list[tuple[Fraction, Fraction, Fraction, Fraction] | None] | None,
+        Field(
+            min_length=2,
+            max_length=2,
+            description="[left, top, right, bottom] of each speaker, as fractions of the picture; null: their half.",
+        ),
+    ] = None
+    order: Annotated[
+        Literal["together", "in_turn"], Field(description="From the start both, or the second after the first.")
+    ] = "together"
 
 
 class VideoRequest(BaseModel):
@@ -33,6 +55,10 @@ class VideoRequest(BaseModel):
     max_seconds: Annotated[
         float | None, Field(ge=1 / FRAMES_PER_SECOND, description="End the video early; else as long as the voice.")
     ] = None
+    speakers: Annotated[Speakers, Field(description="Of two speakers: where they are, and when they speak.")] = (
+        Speakers()
+    )
+    scene_cuts: Annotated[bool, Field(description="Of a video: generate each of its scenes on its own.")] = False
     quality: Annotated[Literal["exact"], Field(description="Only `exact` for now.")] = "exact"
 
     @field_validator("size")
@@ -44,6 +70,18 @@ class VideoRequest(BaseModel):
                 "size", f"size is {size!r}; width and height must be from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels."
             )
         return size
+
+    @field_validator("speakers", mode="before")
+    @classmethod
+    def _from_form(cls, speakers: Any) -> Any:
+        """A form sends JSON as text."""
+        if not isinstance(speakers, str):
+            return speakers
+        try:
+            return json.loads(speakers or "{}")
+        except ValueError as error:
+            message = f'speakers is not JSON ({error}); send {{"boxes": [[left, top, right, bottom], …], "order": …}}.'
+            raise InputError("speakers", message) from None
 
     @classmethod
     def judge(cls, values: dict[str, Any]) -> Self:
@@ -63,6 +101,7 @@ class VideoRequest(BaseModel):
             audio_guidance=self.audio_guidance,
             color_correction=self.color_correction,
             seed=self.seed,
+            audio_order=self.speakers.order,
             max_frames=None if self.max_seconds is None else round(self.max_seconds * FRAMES_PER_SECOND),
         )
 
@@ -74,7 +113,8 @@ def _input_error(error: ValidationError) -> InputError:
         return cause
     param = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = ", ".join(sorted(VideoRequest.model_fields))
+        fields = Speakers.model_fields if len(first["loc"]) > 1 else VideoRequest.model_fields
+        known = ", ".join(sorted(fields))
         return InputError(param, f"there is no parameter {param!r}; there are {known}.", "unknown_parameter")
     shown = repr(first["input"])
     if len(shown) > 60:

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from avatar_api.inputs import pick_up
 from avatar_api.jobs import OUTAGES, Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
-from avatar_api.media import VideoWriter, read_picture, read_voice
-from avatar_api.requests import VideoRequest
+from avatar_api.media import VideoWriter
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from infinitetalk.errors import InputError
-from infinitetalk.geometry import output_size
 from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Speaker, Step
 from infinitetalk.timeline import FRAMES_PER_SECOND
 
@@ -91,9 +90,8 @@ def error_object(error: Exception) -> dict[str, Any]:
 
 
 def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdown: Shutdown) -> dict[str, Any]:
-    spec = claim.job.spec
-    request = VideoRequest.judge(spec["request"])
-    picture, voice_file = folder / spec["picture"], folder / spec["voice"]
+    inputs = pick_up(claim.job.spec, folder)
+    request = inputs.request
     segments = [folder / clip.result["segment"] for clip in claim.clips]
     state = _last_state(claim.clips, folder)
 
@@ -116,9 +114,16 @@ def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdo
                 }
             )
 
-        speakers = [Speaker(read_voice(voice_file))]
+        voices = inputs.read_voices()
+        boxes = request.speakers.boxes or [None] * len(voices)
         clips = pipeline.generate(
-            read_picture(picture), speakers, request.prompt, request.settings(), on_step=on_step, resume_from=state
+            inputs.reference,
+            [Speaker(voice, box) for voice, box in zip(voices, boxes, strict=True)],
+            request.prompt,
+            request.settings(),
+            scene_starts=inputs.scene_starts(voices),
+            on_step=on_step,
+            resume_from=state,
         )
         for clip in clips:
             segments.append(_keep(clip, claim, folder))
@@ -128,8 +133,8 @@ def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdo
     claim.report({"stage": "encoding", "percent": 100.0})
     claim.check()
     video = folder / f"video.{claim.epoch}.mp4"
-    height, width = output_size(request.size, *read_picture(picture).shape[:2])
-    with VideoWriter(video, width, height, voice_file) as writer:
+    height, width = inputs.size
+    with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
         for segment in segments:
             writer.append(segment)
     frames = writer.frames

@@ -113,8 +113,8 @@ def source_pixels(
     Rounded down, and in float32, as torch's "nearest" does.
     """
     height, width, top, left = cover(source, target)
-    rows = np.arange(top, top + target[0], stride, np.float32) * np.float32(source[0] / height)
-    columns = np.arange(left, left + target[1], stride, np.float32) * np.float32(source[1] / width)
+    rows = np.arange(top, top + target[0], stride, dtype=np.float32) * np.float32(source[0] / height)
+    columns = np.arange(left, left + target[1], stride, dtype=np.float32) * np.float32(source[1] / width)
     return np.minimum(rows, source[0] - 1).astype(int), np.minimum(columns, source[1] - 1).astype(int)
 
 

@@ -32,6 +32,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.torch import load_file
 from torch import Tensor
 
+from avatar_api.footage import read_reference
 from avatar_api.media import read_voice
 from infinitetalk import checkpoints, label_rope
 from infinitetalk.audio import VoiceFeatures, arrange, frame_count, normalize_loudness
@@ -282,8 +283,6 @@ def run_once(
     video: str,
 ) -> list[Difference]:
     pipe = pipeline(goldens)
-    from avatar_api.footage import read_reference  # TODO
-
     reference = read_reference(goldens / source["cond_video"])
     first = reference if isinstance(reference, np.ndarray) else reference[0]
     source_height, source_width = first.shape[:2]

@@ -1,5 +1,6 @@
 """Every value of a request is judged in one place, and refused with its name, itself and what would be right."""
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -18,6 +19,35 @@ def test_a_request_that_says_nothing_gets_the_published_defaults() -> None:
 def test_values_may_come_as_text_as_forms_send_them() -> None:
     request = VideoRequest.judge({"steps": "8", "shift": "3.5", "seed": "7", "max_seconds": "2.02", "size": "128x64"})
     assert request.settings() == Settings(size="128x64", steps=8, shift=3.5, seed=7, max_frames=50)
+
+
+def test_two_speakers_have_boxes_and_an_order() -> None:
+    given = {"boxes": [[0, 0, 0.5, 1], None], "order": "in_turn"}
+    request = VideoRequest.judge({"speakers": given})
+    assert request == VideoRequest.judge({"speakers": json.dumps(given)}), "forms send it as text"
+    assert request == VideoRequest.judge(json.loads(json.dumps(request.model_dump()))), "and jobs keep it as JSON"
+    assert request.speakers.boxes == [(0, 0, 0.5, 1), None]
+    assert request.settings().audio_order == "in_turn"
+    assert VideoRequest.judge({"speakers": ""}) == VideoRequest.judge({})
+
+
+@pytest.mark.parametrize(
+    ("speakers", "message"),
+    [
+        ("{", "speakers is not JSON"),
+        ("[1]", "a valid dictionary"),
+        ({"boxes": [[0, 0, 1, 1]]}, "at least 2 items"),
+        ({"boxes": [[0, 0, 1], None]}, "speakers.boxes.0.3 is"),
+        ({"boxes": [None, [0, 0, 1, 1.5]]}, "speakers.boxes.1.3 is 1.5; it should be less than or equal to 1"),
+        ({"order": "at once"}, "'together' or 'in_turn'"),
+        ({"box": []}, "there is no parameter 'speakers.box'; there are boxes, order"),
+    ],
+)
+def test_speakers_that_cannot_be_are_refused(speakers: Any, message: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        VideoRequest.judge({"speakers": speakers})
+    assert message in str(refusal.value)
+    assert refusal.value.param.startswith("speakers")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`bentoml serve` as its users meet it: real server, real HTTP, real clients, and processes that are killed."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ import pytest
 import soundfile
 
 from avatar_api.jobs import Job, JobStore
+from avatar_api.media import VideoWriter
 from tests.conftest import REPOSITORY
 
 PICTURE = REPOSITORY / "examples" / "portrait.png"
@@ -152,6 +154,27 @@ def test_the_stock_client_gets_the_same_video_from_the_same_request(
         assert Path(path).read_bytes() == undisturbed
 
 
+def test_two_people_talk_one_after_the_other(server: Server, short_voice: Path, tmp_path: Path) -> None:
+    speakers = {"boxes": [[0, 0, 0.5, 1], [0.5, 0, 1, 1]], "order": "in_turn"}
+    files = {"image": PICTURE.open("rb"), "audio": short_voice.open("rb"), "audio_2": short_voice.open("rb")}
+    form = {"size": "64x64", "steps": "1", "speakers": json.dumps(speakers)}
+    answer = httpx.post(f"{server.url}/generate", files=files, data=form, timeout=300)
+    assert answer.status_code == 200, answer.text
+    (tmp_path / "video.mp4").write_bytes(answer.content)
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 20
+
+
+def test_a_video_is_dubbed_with_its_own_sound(server: Server, short_voice: Path, tmp_path: Path) -> None:
+    film = tmp_path / "film.mp4"
+    with VideoWriter(film, 96, 64, short_voice) as writer:
+        writer.write(np.random.default_rng(0).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8))
+    with bentoml.SyncHTTPClient(server.url, timeout=300) as client:
+        path = client.generate(image=film, size="64x64", steps=1, scene_cuts=True)
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 8
+
+
 @pytest.mark.parametrize("path", ["/ping", "/livez", "/readyz", "/metrics"])
 def test_health_and_metrics_answer_at_once(server: Server, path: str) -> None:
     assert httpx.get(server.url + path, timeout=5).status_code == 200
@@ -167,6 +190,8 @@ def test_health_and_metrics_answer_at_once(server: Server, path: str) -> None:
         ({"seed": "-1"}, 400, "seed", "greater than or equal to 0"),
         ({"prompt": "a" * 2_000_000}, 400, "prompt", "at most 4000"),
         ({"audio_guidance": "NaN"}, 400, "audio_guidance", "finite"),
+        ({"speakers": "[0, 1"}, 400, "speakers", "is not JSON"),
+        ({"speakers": '{"boxes": [[0, 0, 1, 1], [0, 0, 1, 1]]}'}, 400, "speakers", "lies wholly within"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_shape(

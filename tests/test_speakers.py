@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ class TestWhoSpeaksWhen:
 
     @pytest.mark.parametrize(("order", "frames"), [("together", 25), ("in_turn", 35)])
     def test_the_video_is_as_long_as_the_conversation(
-        self, pipeline: InfiniteTalkPipeline, order: str, frames: int
+        self, pipeline: InfiniteTalkPipeline, order: Literal["together", "in_turn"], frames: int
     ) -> None:
         settings = replace(SHORT, steps=1, audio_order=order)
         assert talk(pipeline, Speaker(voice(10)), Speaker(voice(25)), settings=settings).shape[1] == frames
