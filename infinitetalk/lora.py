@@ -14,15 +14,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -69,7 +65,7 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.factors[0].shape[0], *self.factors[-1].shape[1:])
+        return (*self.factors[0].shape[:1], *self.factors[-1].shape[1:])
 
     def whole(self, device: torch.device) -> Tensor:
         """→ float32, shaped like the parameter."""
@@ -91,7 +87,30 @@ _KEY = re.compile(
 )
 _KOHYA = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")
 _ROLES = {"lora_down": "down", "lora_A": "down", "lora_up": "up", "lora_B": "up", "diff_b": "diff", "diff_m": "diff"}
-_LEAVES = {"diff_b": "bias", "diff_m": "modulation"}
+
+# Wan2.1's name of a module with parameters → diffusers' name. Written out, because the library's own converter replaces
+# parts of a name wherever they are: it would make a norm3 of diffusers' own norm2, and something of any foreign name.
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_PICTURE = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+_MODULES = {
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    **{f"blocks.{{}}.self_attn.{wan}": f"blocks.{{}}.attn1.{ours}" for wan, ours in _ATTENTION.items()},
+    **{f"blocks.{{}}.cross_attn.{wan}": f"blocks.{{}}.attn2.{ours}" for wan, ours in (_ATTENTION | _PICTURE).items()},
+    "blocks.{}.norm3": "blocks.{}.norm2",
+    "blocks.{}.ffn.0": "blocks.{}.ffn.net.0.proj",
+    "blocks.{}.ffn.2": "blocks.{}.ffn.net.2",
+    "head.head": "proj_out",
+}
+_MODULATIONS = {"blocks.{}": "blocks.{}.scale_shift_table", "head": "scale_shift_table"}
 
 
 def read_lora(path: Path, reference_quirks: bool = False) -> Lora:
@@ -106,7 +125,7 @@ def read_lora(path: Path, reference_quirks: bool = False) -> Lora:
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         kind = (match["factor"] or match["other"]) if match else ""
-        parameter = _library_name(match["module"], _LEAVES.get(kind, "weight")) if match else None
+        parameter = _library_name(match["module"], kind) if match else None
         if parameter is None:
             raise CheckpointError(f"{path} has a tensor {key!r}, which is not of a LoRA for Wan2.1's transformer.")
         parts, role = found.setdefault(parameter, {}), _ROLES.get(kind, kind)
@@ -233,7 +252,7 @@ def _product(path: Path, parameter: str, parts: dict[str, tuple[str, Tensor]], d
         if half not in parts:
             raise CheckpointError(f"{path} has {parts[other][0]!r} without its other half; is the file complete?")
     (key, up), (down_key, down) = parts["up"], parts["down"]
-    if up.ndim < 2 or down.ndim < 2 or up.flatten(1).shape[1] != len(down):
+    if up.ndim < 2 or down.ndim < 2 or not up.flatten(1).shape[1] == len(down) > 0:
         raise CheckpointError(
             f"{path}: {key!r} has shape {list(up.shape)} and {down_key!r} {list(down.shape)}; "
             "expected [out, rank] and [rank, in]."
@@ -246,25 +265,18 @@ def _product(path: Path, parameter: str, parts: dict[str, tuple[str, Tensor]], d
     return Delta(key, parameter, (up.flatten(1), down), alpha.item() / len(down))
 
 
-def _library_name(module: str, leaf: str) -> str | None:
-    """The name of a base parameter in the transformer; None where there is none of that name, in any convention."""
-    given = _KOHYA.sub(r"blocks.\1.\2.\3", module) + f".{leaf}"
-    candidates = [given]
-    # The library's converter reads more of Wan's relatives than their names, where it sees these.
-    if not re.search("face_adapter|motion_encoder", given):
-        candidates += convert_wan_transformer_to_diffusers({given: None})
-    for name in candidates:
-        if re.sub(r"^blocks\.\d+\.", "blocks.0.", name) in _base_parameters():
-            return name
-    return None
-
-
-@cache
-def _base_parameters() -> frozenset[str]:
-    """The names of all parameters of a Wan2.1 image-to-video transformer of one block."""
-    with init_empty_weights():
-        model = WanTransformer3DModel(num_layers=1, image_dim=16, added_kv_proj_dim=16)
-    return frozenset(name for name, _ in model.named_parameters())
+def _library_name(module: str, kind: str) -> str | None:
+    """The transformer's name of the parameter that a key speaks of; None where there is none of that name."""
+    module = _KOHYA.sub(r"blocks.\1.\2.\3", module)
+    number = re.match(r"blocks\.(\d+)(?=\.|$)", module)
+    if number:
+        module = "blocks.{}" + module[number.end() :]
+    if kind == "diff_m":
+        name = _MODULATIONS.get(module)
+    else:
+        found = _MODULES.get(module, module if module in _MODULES.values() else None)
+        name = found and f"{found}.{'bias' if kind == 'diff_b' else 'weight'}"
+    return name and name.format(number and number[1])
 
 
 def _places(model: nn.Module, lora: Lora) -> list[tuple[nn.Module, str, Delta]]:
@@ -274,12 +286,14 @@ def _places(model: nn.Module, lora: Lora) -> list[tuple[nn.Module, str, Delta]]:
         owner, _, leaf = delta.parameter.rpartition(".")
         try:
             module = model.get_submodule(owner)
+            parameter = getattr(module, leaf)
         except AttributeError as error:
-            raise CheckpointError(f"{lora.path}: {delta.key!r} is for {owner}, which this model lacks.") from error
+            raise CheckpointError(
+                f"{lora.path}: {delta.key!r} is for {delta.parameter}, which this model lacks."
+            ) from error
+        expected = tuple(parameter.shape)
         if isinstance(module, nn.Linear) and leaf == "weight":
             expected = (module.out_features, module.in_features)  # quantised weights may be of any shape
-        else:
-            expected = tuple(getattr(module, leaf).shape)
         if delta.shape != expected:
             raise CheckpointError(
                 f"{lora.path}: {delta.key!r} is for a parameter of shape {list(delta.shape)}, but {delta.parameter} "

@@ -4,6 +4,8 @@
     python models/import_models.py --profile runtime   only what serving reads
     python models/import_models.py --source DIR        from DIR/Wan2.1-I2V-14B-480P and so on
     python models/import_models.py --pin               write today's commits into models/snapshots.toml
+    python models/import_models.py --lora OWNER/REPOSITORY/FILE
+                                                       one LoRA, beside the snapshots
 
 Stopped at any moment, the same command goes on where it was. docs/MODELS.md says more.
 """
@@ -12,6 +14,7 @@ import argparse
 import errno
 import fnmatch
 import functools
+import glob
 import hashlib
 import os
 import re
@@ -72,6 +75,8 @@ from models.store import (
 
 SNAPSHOTS = Path(__file__).with_name("snapshots.toml")
 
+LORA = "lora"  # the profile of a model that is one LoRA
+
 WORKERS = 8  # files at a time
 RETRIES = 5  # of one request in a row; of a file, without a byte in between
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between retries, doubling, unless the hub says how long
@@ -102,16 +107,28 @@ class Snapshot:
     def pinned(self) -> bool:
         return re.fullmatch("[0-9a-f]{40}", self.revision) is not None
 
+    def complaint(self, alternatives: tuple[str, ...]) -> str:
+        return f"lacks {' or '.join(alternatives)}, which serving reads: complete it"
 
-def import_models(snapshots: Sequence[Snapshot], source: Path | None, profile: str, repair: bool) -> None:
+
+@dataclass(frozen=True)
+class LoraOnHub(Snapshot):
+    """One file of a repository on the hub."""
+
+    file: str
+
+    @property
+    def name(self) -> str:
+        return lora_name(Path(self.file))
+
+    def complaint(self, alternatives: tuple[str, ...]) -> str:
+        return f"has no {self.file}: correct what --lora says"
+
+
+def import_models(find: Callable[[], list[Model]], repair: bool) -> None:
+    """`find`: what is to be imported, asked for when no other import can come in between."""
     with the_only_import():
-        if source is not None:
-            models = models_in_folder(source, snapshots, profile)
-        else:
-            check_token()
-            models = [model_on_hub(snapshot, profile) for snapshot in snapshots]
-            if not all(snapshot.pinned for snapshot in snapshots):
-                say(f"Branches move: --pin writes the commits of today into {SNAPSHOTS.name}.")
+        models = find()
         wanted = compare_with_store(models, repair)
         for model, files in wanted.items():
             if files and model.source is None:
@@ -124,6 +141,8 @@ def import_models(snapshots: Sequence[Snapshot], source: Path | None, profile: s
                 if files or read_lock(model.registered) is None:
                     begin(model)
                 in_parallel([functools.partial(fetch, model, file) for file in files], advance)
+                if files and model.profile == LORA:
+                    check_lora(model)
                 register(model)
                 say(f"{model}: {decimal(size_of(model.files))}, every file verified, in {model.registered}")
 
@@ -149,6 +168,17 @@ def read_snapshots(only: Sequence[str]) -> list[Snapshot]:
         if name.lower() not in names:
             raise ImportRefusedError(f"--only {name}: there is no such model; there are {', '.join(names)}.")
     return [snapshot for snapshot in snapshots if not only or snapshot.name in map(str.lower, only)]
+
+
+def find_snapshots(snapshots: Sequence[Snapshot], source: Path | None, profile: str) -> list[Model]:
+    """On the hub, or in the folder `source`."""
+    if source is not None:
+        return models_in_folder(source, snapshots, profile)
+    check_token()
+    models = [model_on_hub(snapshot, profile) for snapshot in snapshots]
+    if not all(snapshot.pinned for snapshot in snapshots):
+        say(f"Branches move: --pin writes the commits of today into {SNAPSHOTS.name}.")
+    return models
 
 
 def pin(snapshots: Iterable[Snapshot]) -> None:
@@ -206,7 +236,7 @@ def commit_begun(snapshot: Snapshot) -> str | None:
     """The commit of an interrupted import of this revision."""
     for folder in (home() / "import").glob(f"{snapshot.name}-*"):
         begun = read_lock(folder)
-        if begun is not None and begun.revision == snapshot.revision:
+        if begun is not None and (begun.repository, begun.revision) == (snapshot.repository, snapshot.revision):
             return begun.commit
     return None
 
@@ -253,7 +283,7 @@ def choose(paths: list[str], snapshot: Snapshot, profile: str, where: str) -> se
     for alternatives in snapshot.runtime:
         found = next(filter(None, (fnmatch.filter(paths, pattern) for pattern in alternatives)), None)
         if found is None:
-            raise ImportRefusedError(f"{where} lacks {' or '.join(alternatives)}, which serving reads: complete it.")
+            raise ImportRefusedError(f"{where} {snapshot.complaint(alternatives)}.")
         runtime.update(found)
     for path in sorted(runtime):
         if shard := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", path):
@@ -271,6 +301,64 @@ def say_share(model: Model, listed: Sequence[File]) -> None:
         f"{model.name}: profile {model.profile} takes {len(model.files)} of {len(listed)} files, "
         f"{decimal(part)} of {decimal(whole)} ({part / max(whole, 1):.1%}), from {origin}"
     )
+
+
+# One LoRA: the same, of a single file.
+
+
+def find_lora(asked: str, source: Path | None) -> list[Model]:
+    """`asked`: a file, or OWNER/REPOSITORY[@REVISION]/FILE on the hub, or in `source`/REPOSITORY."""
+    if not asked.endswith(".safetensors"):
+        raise ImportRefusedError(f"--lora {asked}: only .safetensors files are imported, since others can run code.")
+    names = [snapshot.name for snapshot in read_snapshots([])]
+    if lora_name(Path(asked)) in names:
+        raise ImportRefusedError(
+            f"--lora {asked}: {lora_name(Path(asked))} is the name of a snapshot: rename the file."
+        )
+    parts = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", asked)
+    if source is None and Path(asked).is_file():
+        model = lora_in_file(Path(asked), "")
+    elif parts is None:
+        raise ImportRefusedError(f"--lora {asked} is neither a file here nor OWNER/REPOSITORY/FILE on the hub.")
+    elif source is not None:
+        model = lora_in_file(source / parts[1].rpartition("/")[2] / parts[3], parts[1])
+    else:
+        check_token()
+        model = model_on_hub(LoraOnHub(parts[1], parts[2] or "main", ((glob.escape(parts[3]),),), parts[3]), LORA)
+    held = read_lock(model.registered)
+    if held is not None and held.files[0].path != (parts[3] if parts and model.source is None else Path(asked).name):
+        raise ImportRefusedError(
+            f"--lora {asked}: the store has {held} already, which is {held.files[0].path}: "
+            f"`bentoml models delete {held}` makes room for this one."
+        )
+    return [model]
+
+
+def lora_in_file(path: Path, repository: str) -> Model:
+    if not path.is_file():
+        raise ImportRefusedError(f"{path} is not there: --lora with --source takes DIR/REPOSITORY/FILE.")
+    with byte_bar("Reading", path.stat().st_size) as advance:
+        digest = sha256(path, advance)
+    files = (File(path.name, path.stat().st_size, digest),)
+    return Model(lora_name(path), digest[:12], repository, None, None, LORA, files, path.parent)
+
+
+def lora_name(file: Path) -> str:
+    """Its name in the Bento model store, which allows 63 lower-case letters, digits and "._-", no sign at the ends."""
+    return re.sub("[^a-z0-9._-]+", "-", file.stem.lower())[:63].strip("._-") or LORA
+
+
+def check_lora(model: Model) -> None:
+    """Raises ImportRefusedError where what has been fetched is no LoRA of the transformer; then it is not kept."""
+    from infinitetalk.errors import CheckpointError
+    from infinitetalk.lora import read_lora  # torch and diffusers: seconds, which importing a snapshot does not need
+
+    try:
+        read_lora(model.staging / model.files[0].path)
+    except CheckpointError as error:
+        shutil.rmtree(model.staging)
+        reason = first_line(error).replace(str(model.staging), str(model.source or model.repository))
+        raise ImportRefusedError(f"{reason}.") from error
 
 
 # What is there already, and whether there is room for the rest.
@@ -523,13 +611,14 @@ def explain(error: Exception, subject: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"{subject} is gated ({status}): accept its terms on {page} and {set_token} of the same account."
     if isinstance(error, RevisionNotFoundError):
-        return f"{subject} has no such revision ({status}): correct it in {SNAPSHOTS}."
+        return f"{subject} has no such revision ({status}): correct it in {SNAPSHOTS} or after --lora."
     if status == 401 and get_token() is None:
         return f"{subject}: the hub demands a token (401), or has no such repository: {set_token}."
     if status in (401, 403):
         return f"{subject}: the token gives no access ({status}): see {page}, and {set_token} with read permission."
     if status == 404:
-        return f"{subject} is not on {hub} (404): correct it in {SNAPSHOTS}, or {set_token} if it is private."
+        remedy = f"correct it in {SNAPSHOTS} or after --lora, or {set_token} if it is private."
+        return f"{subject} is not on {hub} (404): {remedy}"
     if status == 429:
         return f"{subject}: the hub limits requests (429), after {RETRIES} retries too: wait a while, or {set_token}."
     if status is not None:
@@ -614,14 +703,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these models, such as infinitetalk")
     parser.add_argument("--repair", action="store_true", help="fetch again what is damaged in the store")
     parser.add_argument("--pin", action="store_true", help="import nothing; write the commits of the branch heads")
+    parser.add_argument(
+        "--lora",
+        metavar="FILE",
+        help="import only this LoRA: a .safetensors file here, or OWNER/REPOSITORY[@REVISION]/FILE on the hub "
+        "(with --source: in DIR/REPOSITORY)",
+    )
     options = parser.parse_args(arguments)
+    if options.lora is not None and (options.only or options.pin):
+        parser.error("--lora imports one file, alone: leave --only and --pin out")
     logging.set_verbosity_error()  # what goes wrong is said here
     try:
         snapshots = read_snapshots(options.only)
         if options.pin:
             pin(snapshots)
+        elif options.lora is not None:
+            import_models(lambda: find_lora(options.lora, options.source), options.repair)
         else:
-            import_models(snapshots, options.source, options.profile, options.repair)
+            import_models(lambda: find_snapshots(snapshots, options.source, options.profile), options.repair)
     except ImportRefusedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ import pytest
 
 from infinitetalk.pipeline import InfiniteTalkPipeline
 from models.store import place
-from tests.conftest import REPOSITORY
+from tests.conftest import GOLDENS, REPOSITORY
 from tests.small_hub import Refusal, SmallHub
 
 WAN, WAV2VEC2, INFINITETALK = "wan2.1-i2v-14b-480p", "chinese-wav2vec2-base", "infinitetalk"
@@ -747,3 +747,151 @@ def test_a_folder_that_is_not_complete(home: Path, source: Path, lost: str, says
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert says in refused(home, None, "--source", source)
     assert not model_folders(home)
+
+
+# One LoRA.
+
+LORA = "wan21_t2v_14b_lightx2v_cfg_step_distill_lora_rank32"
+LORA_FILE = "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors"
+LORA_CONTENT = (GOLDENS / "lora" / "lora.safetensors").read_bytes()
+
+
+@pytest.fixture
+def lora_source(tmp_path: Path) -> Path:
+    """A folder of one repository: LoRAs, one of them in a folder with a name that is a pattern, and other files."""
+    folder = tmp_path / "loras" / "WanVideo_comfy"
+    for path in (LORA_FILE, f"[v2]/{LORA_FILE}", "[v2]/Größer als (1).safetensors"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(LORA_CONTENT)
+    (folder / "a model.safetensors").write_bytes(b"0" * 100_000)
+    return folder.parent
+
+
+@pytest.fixture
+def lora_hub(lora_source: Path) -> Iterator[SmallHub]:
+    hub = SmallHub()
+    hub.add("Kijai/WanVideo_comfy", lora_source / "WanVideo_comfy")
+    with hub.running():
+        yield hub
+
+
+def imports_lora(home: Path, hub: SmallHub | None, *arguments: str | Path) -> str:
+    result = run(home, hub, "--lora", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert not any((home / "import").iterdir())
+    return result.stdout
+
+
+def refuses_lora(home: Path, hub: SmallHub | None, *arguments: str | Path) -> str:
+    """The one line that a user reads, having got no LoRA and no rest of one."""
+    before = model_folders(home)
+    result = run(home, hub, "--lora", *arguments)
+    assert result.returncode == 2, result.stdout
+    assert model_folders(home) == before
+    assert not any((home / "import").iterdir())
+    line = result.stderr.splitlines()[-1]
+    assert re.fullmatch(r"error: .*\.", line), result.stderr
+    return line
+
+
+def test_a_lora_comes_from_the_hub_alone(lora_hub: SmallHub, home: Path) -> None:
+    lora_hub.bytes_per_second = 40_000
+    stop_after(20_000, start(home, lora_hub, "--lora", f"Kijai/WanVideo_comfy/{LORA_FILE}"), lora_hub)
+    assert not model_folders(home)
+    lora_hub.bytes_per_second = 0
+    output = imports_lora(home, lora_hub, f"Kijai/WanVideo_comfy/{LORA_FILE}")
+    assert [start > 0 for _, start, _ in lora_hub.sent] == [False, True]  # it went on where it was
+
+    folder, commit = model_folders(home)[LORA], lora_hub.repositories["Kijai/WanVideo_comfy"].commit
+    assert contents(folder) == {LORA_FILE: LORA_CONTENT}
+    assert f"{LORA}:{commit[:12]}: 43.7 kB, every file verified" in output
+    lock = json.loads((folder / "snapshot.lock.json").read_text())
+    assert (lock["repository"], lock["commit"], lock["profile"]) == ("Kijai/WanVideo_comfy", commit, "lora")
+    assert lock["files"][LORA_FILE]["sha256"] == hashlib.sha256(LORA_CONTENT).hexdigest()
+    listed = run(home, None, command=[str(Path(sys.executable).with_name("bentoml")), "models", "list", "-o", "json"])
+    assert [model["tag"] for model in json.loads(listed.stdout)] == [f"{LORA}:{commit[:12]}"]
+
+    lora_hub.sent.clear()
+    imports_lora(home, lora_hub, f"Kijai/WanVideo_comfy/{LORA_FILE}")
+    # The same commit has another of that name: it would have the same tag.
+    message = refuses_lora(home, lora_hub, f"Kijai/WanVideo_comfy/[v2]/{LORA_FILE}")
+    assert f"`bentoml models delete {LORA}:{commit[:12]}`" in message
+    assert lora_hub.bytes_sent() == 0
+
+
+def test_a_lora_of_a_revision(lora_hub: SmallHub, home: Path) -> None:
+    repository = lora_hub.repositories["Kijai/WanVideo_comfy"]
+    repository.older = ("c" * 40,)
+    asked = f"Kijai/WanVideo_comfy@{'c' * 40}/[v2]/Größer als (1).safetensors"
+    imports_lora(home, lora_hub, asked)
+    folder = model_folders(home)["gr-er-als-1"]
+    assert folder.name == "c" * 12
+    assert contents(folder) == {"[v2]/Größer als (1).safetensors": LORA_CONTENT}
+    assert "as its lock says" in imports_lora(home, None, asked)  # a commit that is there needs no hub
+
+
+def test_an_interrupted_lora_of_the_same_name_elsewhere_is_another(lora_hub: SmallHub, home: Path) -> None:
+    lora_hub.bytes_per_second = 40_000
+    stop_after(20_000, start(home, lora_hub, "--lora", f"Kijai/WanVideo_comfy/{LORA_FILE}"), lora_hub)
+    lora_hub.bytes_per_second = 0
+    other = lora_hub.add("Somebody/copies", lora_hub.repositories["Kijai/WanVideo_comfy"].files[LORA_FILE].parent)
+    imports_lora(home, lora_hub, f"Somebody/copies/{LORA_FILE}")
+    assert model_folders(home)[LORA].name == other.commit[:12]
+
+
+def test_a_lora_from_a_file(home: Path, lora_source: Path) -> None:
+    asked = lora_source / "WanVideo_comfy" / "[v2]" / LORA_FILE
+    assert "made of hard links" in imports_lora(home, None, asked)
+    folder = model_folders(home)[LORA]
+    assert folder.name == hashlib.sha256(LORA_CONTENT).hexdigest()[:12]
+    assert contents(folder) == {LORA_FILE: LORA_CONTENT}
+
+    (folder / LORA_FILE).unlink()
+    (folder / LORA_FILE).write_bytes(b"damage")
+    assert "with --repair" in refuses_lora(home, None, asked)
+    # With --source the same words name the file of a folder; a tag comes from the name, whatever signs are in it.
+    (lora_source / "WanVideo_comfy" / LORA_FILE).rename(lora_source / "WanVideo_comfy" / "-My LoRA_.safetensors")
+    imports_lora(home, None, "Kijai/WanVideo_comfy/-My LoRA_.safetensors", "--source", lora_source)
+    folder = model_folders(home)["my-lora"]
+    assert contents(folder) == {"-My LoRA_.safetensors": LORA_CONTENT}
+    assert json.loads((folder / "snapshot.lock.json").read_text())["repository"] == "Kijai/WanVideo_comfy"
+    assert "takes DIR/REPOSITORY/FILE" in refuses_lora(home, None, "a/b/c.safetensors", "--source", lora_source)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("Kijai/WanVideo_comfy/b.safetensors", "has no b.safetensors: correct what --lora says"),
+        ("Kijai/WanVideo/a.safetensors", "Kijai/WanVideo is not on"),
+        ("Kijai/WanVideo_comfy@v9/a.safetensors", "Kijai/WanVideo_comfy has no such revision (404)"),
+        ("Kijai/a.safetensors", "is neither a file here nor OWNER/REPOSITORY/FILE on the hub"),
+        ("Kijai/WanVideo_comfy/a.pt", "only .safetensors files are imported"),
+        ("MeiGen-AI/InfiniteTalk/single/infinitetalk.safetensors", "infinitetalk is the name of a snapshot"),
+    ],
+)
+def test_what_is_no_lora_is_refused(lora_hub: SmallHub, home: Path, asked: str, says: str) -> None:
+    assert says in refuses_lora(home, lora_hub, asked)
+
+
+def test_a_file_that_is_no_lora_is_refused_and_forgotten(
+    lora_hub: SmallHub, home: Path, lora_source: Path, tmp_path: Path
+) -> None:
+    repository = lora_hub.repositories["Kijai/WanVideo_comfy"]
+    whole_model = GOLDENS / "ckpt_tiny" / "diffusion_pytorch_model-00001-of-00007.safetensors"
+    repository.files[LORA_FILE] = whole_model
+    message = refuses_lora(home, lora_hub, f"Kijai/WanVideo_comfy/{LORA_FILE}")
+    assert f"Kijai/WanVideo_comfy/{LORA_FILE} has a tensor 'blocks." in message
+    damaged = lora_source / "WanVideo_comfy" / "a model.safetensors"
+    assert f"error: {damaged} (100000 bytes) is truncated or damaged" in refuses_lora(home, None, damaged)
+
+    (tmp_path / "mended").write_bytes(LORA_CONTENT)
+    repository.files[LORA_FILE], repository.commit = tmp_path / "mended", "d" * 40
+    imports_lora(home, lora_hub, f"Kijai/WanVideo_comfy/{LORA_FILE}")
+    assert model_folders(home)[LORA].name == "d" * 12
+
+
+def test_a_lora_is_imported_alone(home: Path) -> None:
+    for more in (["--pin"], ["--only", "infinitetalk"]):
+        result = run(home, None, "--lora", "a/b/c.safetensors", *more)
+        assert result.returncode == 2
+        assert "leave --only and --pin out" in result.stderr

@@ -167,6 +167,28 @@ def test_everything_in_an_extracted_lora_is_added(
     assert places == {name: value.data_ptr() for name, value in model.named_parameters()}
 
 
+@pytest.mark.parametrize("names", ["published", "diffusers"])
+def test_every_base_parameter_is_known_by_its_names(
+    model: InfiniteTalkTransformer3DModel, tmp_path: Path, names: str
+) -> None:
+    """Against the library's own converter, on the names in the published file."""
+    published = json.loads((GOLDENS / "ckpt_tiny/diffusion_pytorch_model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
+    library = convert_wan_transformer_to_diffusers({name: name for name in published})
+    tensors, expected = {}, weights(model)
+    for number, (name, source) in enumerate(library.items()):
+        module, _, leaf = (name if names == "diffusers" else source).rpartition(".")
+        if leaf in ("modulation", "scale_shift_table"):
+            module, leaf = (source.rpartition(".")[0], "modulation")
+        kind = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[leaf]
+        tensors[f"diffusion_model.{module}.{kind}"] = torch.full_like(expected[name], 1 + number)
+        expected[name] = expected[name] + (1 + number)
+    merge(model, read_lora(write(tmp_path / "lora.safetensors", tensors)), 1.0)
+    assert same(weights(model), expected)
+    assert len(tensors) == len(published) > 80
+
+
 def peft(module: str, up: Tensor, down: Tensor) -> Tensors:
     return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
 
@@ -368,7 +390,7 @@ def test_applied_to_an_offloaded_model(model: InfiniteTalkTransformer3DModel, lo
 def test_applied_to_a_compiled_model(model: InfiniteTalkTransformer3DModel, lora: Lora) -> None:
     with applied(model, [(lora, 0.9)]):
         expected = forward(model)
-    model.blocks[0].compile(backend="eager")
+    model.get_submodule("blocks.2.ffn").compile(backend="eager")
     plain = forward(model)
     with applied(model, [(lora, 0.9)]):
         torch.testing.assert_close(forward(model), expected, rtol=0, atol=5e-5)
@@ -415,6 +437,7 @@ PAIR = {f"{Q}.lora_down.weight": torch.ones(RANK, 128), f"{Q}.lora_up.weight": t
         (PAIR | {"diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(1.0)}, "has 'diffusion_model.blocks.0.ffn.0.alp"),
         (PAIR | {f"{Q}.lora_up.weight": torch.ones(128, 3)}, f"'{Q}.lora_up.weight' has shape [128, 3] and '{Q}.lora_"),
         (PAIR | {f"{Q}.lora_up.weight": torch.ones(128)}, f"'{Q}.lora_up.weight' has shape [128] and"),
+        ({f"{Q}.lora_up.weight": torch.ones(128, 0), f"{Q}.lora_down.weight": torch.ones(0, 128)}, "[128, 0] and"),
         (PAIR | {f"{Q}.alpha": torch.ones(2)}, f"'{Q}.alpha' has shape [2]"),
         (PAIR | {f"{Q}.diff": torch.ones(128, 128, dtype=torch.int8)}, f"'{Q}.diff' is torch.int8"),
         (PAIR | peft(Q, torch.ones(128, RANK), torch.ones(RANK, 128)), f"has both '{Q}.lora_"),
@@ -441,7 +464,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     [
         (
             {"diffusion_model.blocks.39.ffn.0.diff_b": torch.ones(256)},
-            "'diffusion_model.blocks.39.ffn.0.diff_b' is for blocks.39.ffn.net.0.proj, which this model lacks",
+            "'diffusion_model.blocks.39.ffn.0.diff_b' is for blocks.39.ffn.net.0.proj.bias, which this model lacks",
+        ),
+        (
+            {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": torch.ones(128)},
+            "'diffusion_model.blocks.0.self_attn.norm_q.diff_b' is for blocks.0.attn1.norm_q.bias, which this model",
         ),
         (
             {"diffusion_model.patch_embedding.diff": torch.ones(128, 16, 1, 2, 2)},  # of a text-to-video model
@@ -453,6 +480,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
             f"'{Q}.lora_up.weight' is for a parameter of shape [128, 64], but blocks.0.attn1.to_q.weight has [128, 1",
         ),
         ({f"{Q}.diff_b": torch.ones(1)}, f"'{Q}.diff_b' is for a parameter of shape [1], but"),
+        ({f"{Q}.diff": torch.tensor(1.0)}, f"'{Q}.diff' is for a parameter of shape [], but"),
     ],
 )
 def test_a_lora_for_another_model_changes_nothing(
