@@ -7,7 +7,7 @@ needs little more memory than the loaded model. Sizes come from the files, nothi
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from infinitetalk.errors import CheckpointError
+from infinitetalk.lora import Lora, merger
 from infinitetalk.quantization import DequantizedTensors, Quantization, StoredTensors, quantizer
 from infinitetalk.timeline import AUDIO_WINDOW
 from infinitetalk.transformer import InfiniteTalkTransformer3DModel
@@ -56,14 +57,19 @@ Rename = Callable[[str], str | None]
 
 
 def load_transformer(
-    wan: Path, audio: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+    wan: Path,
+    audio: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    loras: Sequence[tuple[Lora, float]] = (),
 ) -> InfiniteTalkTransformer3DModel:
     """wan: the Wan2.1-I2V snapshot; audio: the InfiniteTalk snapshot, or one file of added tensors.
 
     Of the snapshot, the branch for one speaker ("single") and the one for two ("multi") are loaded; one file is the
     only branch ("single"), which then serves two speakers as well. A file of `quant_models` holds the base too; of the
     Wan2.1 snapshot only the config is read then. It is dequantised, unless `quantization` says what to make of any
-    weights that are read.
+    weights that are read. loras: what is merged into the base, each at its scale.
     """
     config = _read_json(wan / "config.json")
     files = {"single": audio} if audio.is_file() else {name: audio / file for name, file in AUDIO_BRANCH_FILES.items()}
@@ -110,7 +116,12 @@ def load_transformer(
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if any(part in name for part in FLOAT32_PARTS) else dtype
 
-    finish = quantizer(model, quantization)
+    merge = merger(model, loras)
+    quantize = quantizer(model, quantization)
+
+    def finish(name: str, tensor: Tensor) -> Tensor:
+        return quantize(name, merge(name, tensor))
+
     parameters = {name for name, _ in model.named_parameters()}
     heard = set(filter(_is_audio, parameters))
     if base is not added:

@@ -1,8 +1,8 @@
 """LoRAs: small files that change the transformer's base weights, such as those that make few steps enough.
 
 A LoRA holds for some of the base parameters what is added to them at scale 1: the product `up @ down` of two thin
-matrices, or the whole difference. It can be merged into the weights for good (`merge`) or be there for a while
-(`applied`), several at a time. The audio branch is never touched.
+matrices, or the whole difference. It can be merged into the weights for good (`merge`, or `merger` as they are loaded)
+or be there for a while (`applied`), several at a time. The audio branch is never touched.
 
 What is read: `lora_down`/`lora_up` or `lora_A`/`lora_B`, with or without `alpha`, `diff` (of a weight), `diff_b` (of a
 bias) and `diff_m` (of a modulation), under the module names of Wan2.1, of diffusers or of kohya's trainers
@@ -11,7 +11,7 @@ bias) and `diff_m` (of a modulation), under the module names of Wan2.1, of diffu
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,6 +162,25 @@ def merge(model: nn.Module, lora: Lora, scale: float) -> None:
             raise TypeError(f"{delta.parameter} is quantised: merge LoRAs before quantising, or use `applied`.")
     for module, leaf, delta in places:
         _add(getattr(module, leaf), delta, scale)
+
+
+def merger(model: nn.Module, loras: Sequence[tuple[Lora, float]]) -> Callable[[str, Tensor], Tensor]:
+    """What a loader does to each tensor, by its name in the model, before it is quantised or kept: `merge`, on the way.
+
+    Raises CheckpointError where a LoRA does not fit the model, which needs no storage yet.
+    """
+    changes: dict[str, list[tuple[Delta, float]]] = {}
+    for lora, scale in loras:
+        for _, _, delta in _places(model, lora):
+            changes.setdefault(delta.parameter, []).append((delta, scale))
+
+    @torch.no_grad()
+    def finish(name: str, tensor: Tensor) -> Tensor:
+        for delta, scale in changes.get(name, ()):
+            tensor.copy_(tensor.add(delta.whole(tensor.device), alpha=scale))
+        return tensor
+
+    return finish
 
 
 @contextmanager

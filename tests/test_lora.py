@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from infinitetalk import checkpoints
 from infinitetalk.errors import CheckpointError
 from infinitetalk.lora import PRESETS, Lora, applied, merge, read_lora
+from infinitetalk.quantization import Quantization
+from infinitetalk.quantization import quantize as quantize_weights
 from infinitetalk.settings import Settings
 from infinitetalk.transformer import InfiniteTalkTransformer3DModel
 from tests.conftest import GOLDENS
@@ -152,6 +154,22 @@ def test_alpha_counts_unless_the_published_code_is_to_be_followed() -> None:
         deltas = read_lora(file, quirks).deltas
         assert {delta.strength for delta in deltas if len(delta.factors) == 2} == {strength}
         assert {delta.strength for delta in deltas if len(delta.factors) == 1} == {1.0}
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_merged_while_loading_is_as_merged_afterwards(
+    model: InfiniteTalkTransformer3DModel, lora: Lora, tmp_path: Path, quantization: Quantization | None
+) -> None:
+    folder, other = GOLDENS / "ckpt_tiny", read_lora(extracted(model, tmp_path / "other.safetensors", seed=1)[0])
+    loras = [(lora, 0.7), (other, -0.3)]
+    loaded = checkpoints.load_transformer(
+        folder, folder / "infinitetalk.safetensors", CPU, torch.float32, quantization, loras
+    )
+    for one, scale in loras:
+        merge(model, one, scale)
+    if quantization:
+        quantize_weights(model, quantization)
+    assert torch.equal(forward(loaded), forward(model))
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.7])
