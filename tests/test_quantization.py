@@ -287,3 +287,16 @@ def test_a_quantised_file_without_its_map_names_the_map(published: Path) -> None
     with pytest.raises(CheckpointError) as error:
         load(published, "quant_models/infinitetalk_single_fp8.safetensors")
     assert str(quant_map) in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["InfiniteTalk/whole.safetensors", f"{WAN}/{checkpoints.TRANSFORMER_FILE}"])
+def test_a_whole_model_that_is_not_quantised_is_refused_in_either_place(
+    snapshots: Path, tmp_path: Path, place: str
+) -> None:
+    for folder in (WAN, "InfiniteTalk"):
+        shutil.copytree(snapshots / folder, tmp_path / folder)
+    whole = make_tiny_snapshots.base_transformer(0) | make_tiny_snapshots.audio_branch(0, "single")
+    save_file(whole, tmp_path / place)
+    with pytest.raises(CheckpointError, match="which this model does not know") as error:
+        load(tmp_path, place if place.startswith("InfiniteTalk") else "InfiniteTalk")
+    assert str(tmp_path / place) in str(error.value)
