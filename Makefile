@@ -39,8 +39,9 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/load_memory.py
-	$(BIN)/python benchmarks/job_store.py
+	$(BIN)/python -m benchmarks.load_memory
+	$(BIN)/python -m benchmarks.quantization_error
+	$(BIN)/python -m benchmarks.job_store
 
 .venv/installed: pyproject.toml requirements.lock requirements-dev.lock
 	$(PYTHON) -m venv .venv
