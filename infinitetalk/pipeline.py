@@ -27,6 +27,7 @@ from infinitetalk.errors import InputError
 from infinitetalk.geometry import Box, output_size, resize_and_crop, speaker_regions
 from infinitetalk.guidance import Pass, ProjectedGuidance, combine, default_shift, passes, timesteps
 from infinitetalk.memory import CPU, IN_PLACE, Preset, call_on, offload_blocks, select
+from infinitetalk.parallel import Ranks
 from infinitetalk.quantization import Quantization
 from infinitetalk.settings import Settings
 from infinitetalk.timeline import Timeline, plan_scenes
@@ -114,6 +115,46 @@ class _Conditions:
     regions: Tensor | None  # bool [2, h / 2, w / 2] of two speakers
 
 
+@dataclass(frozen=True)
+class _Share:
+    """The forwards of a clip's steps that one rank computes: all of them, or some."""
+
+    passes: Sequence[Pass]
+    conditions: _Conditions
+    cache: TeaCache | None
+
+    def begin(self, transformer: InfiniteTalkTransformer3DModel) -> None:
+        if transformer.is_cache_enabled:  # one of diffusers' own, to which every clip is a new video
+            transformer._reset_stateful_cache()
+
+    def __call__(self, transformer: InfiniteTalkTransformer3DModel, latents: Tensor, time: Tensor) -> list[Tensor]:
+        """→ for each pass float32 [16, T, h, w], the velocity from picture to noise."""
+        return [self._predict(transformer, latents, time, guided) for guided in self.passes]
+
+    def _predict(
+        self, transformer: InfiniteTalkTransformer3DModel, latents: Tensor, time: Tensor, guided: Pass
+    ) -> Tensor:
+        given, audio, regions = self.conditions.latents, self.conditions.audio, self.conditions.regions
+        branch = "multi" if regions is not None and "multi" in transformer.config.audio_branches else "single"
+        if not guided.voice:  # the silence of one speaker, even where there are two
+            audio, regions = torch.zeros_like(audio[:, :1]), None
+        with transformer.cache_context(str(guided)):
+            prediction = transformer(
+                torch.cat([latents[None].to(given.dtype), given], dim=1),
+                time[None],
+                self.conditions.prompt if guided.prompt else self.conditions.negative_prompt,
+                self.conditions.picture,
+                audio,
+                branch,
+                regions,
+                self.cache,
+            )
+        return prediction[0].float()
+
+
+_Split = list[tuple[Sequence[Pass], TeaCache | None]]
+
+
 class InfiniteTalkPipeline:
     """The published model, ready to generate. Load it with `from_snapshots`."""
 
@@ -135,6 +176,8 @@ class InfiniteTalkPipeline:
         self.image_encoder = image_encoder
         self.speech_encoder = speech_encoder
         self.preset = preset
+        self.ranks = Ranks()
+        """Where the forwards are computed; `parallel` has others that spread them over several GPUs."""
         self.device: torch.device = vae.device
         self.dtype: torch.dtype = transformer.patch_embedding.weight.dtype
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=self.device)
@@ -234,7 +277,7 @@ class InfiniteTalkPipeline:
             picture = picture_at(frame)
             return self.encode_picture(picture), self._given_latents(picture, settings.frames_per_clip)
 
-        cache = self._cache(settings, height, width)
+        split = self._split(settings, height, width)
         for index in range(resume_from.clip if resume_from else 0, len(clips)):
             timeline, number = clips[index]
             frame, opening = (min(at, len(pictures) - 1) for at in (timeline.start(number), timeline.begins_at))
@@ -253,13 +296,13 @@ class InfiniteTalkPipeline:
             motion_latents = self.encode_video(motion)
             noise = self._draw_noise(generator, timeline, number, settings.steps, height, width)
             if not settings.reference_quirks:
-                cache = self._cache(settings, height, width)
+                split = self._split(settings, height, width)
 
             def report(step: int, latents: Tensor, clip: int = index) -> None:
                 if on_step is not None:
                     on_step(Step(clip, len(clips), step, settings.steps, latents))
 
-            latents = self._denoise(noise, motion_latents, conditions, settings, shift, cache, report)
+            latents = self._denoise(noise, motion_latents, conditions, settings, shift, split, report)
             video = match_color(self.decode_video(latents), picture_at(opening), settings.color_correction)
             if not bool(torch.isfinite(video).all()):
                 raise FloatingPointError(f"clip {index + 1} of {len(clips)} came out as NaN.")
@@ -331,11 +374,22 @@ class InfiniteTalkPipeline:
             raise InputError("speakers", "a box was given for the only speaker; boxes tell two speakers apart.")
         return None
 
-    def _cache(self, settings: Settings, height: int, width: int) -> TeaCache | None:
+    def _split(self, settings: Settings, height: int, width: int) -> _Split:
+        """A step's forwards, in order: those of each rank that gets any, with a memory of their own."""
+        needed = passes(settings.text_guidance)
+        ranks = min(self.ranks.size, len(needed))
+        shares = [needed[len(needed) * rank // ranks : len(needed) * (rank + 1) // ranks] for rank in range(ranks)]
         if not settings.teacache:
-            return None
-        kinds = 3 if settings.reference_quirks else len(passes(settings.text_guidance))
-        return TeaCache(settings.teacache, coefficients(height, width), kinds, settings.steps)
+            return [(share, None) for share in shares]
+        if settings.reference_quirks and ranks > 1:
+            reason = "the published TeaCache has one memory for all forwards; turn it off, or use one GPU"
+            raise InputError(
+                "reference_quirks", f"reference_quirks is on, with TeaCache on {self.ranks.size} GPUs: {reason}."
+            )
+        polynomial = coefficients(height, width)
+        kinds = [3] if settings.reference_quirks else map(len, shares)
+        caches = [TeaCache(settings.teacache, polynomial, of, settings.steps) for of in kinds]
+        return list(zip(shares, caches, strict=True))
 
     def _given_latents(self, picture: Tensor, frames: int) -> Tensor:
         """[1, 4 + 16, T, h, w]: a mask that is 1 where a frame is given, and the picture followed by grey, encoded."""
@@ -377,7 +431,7 @@ class InfiniteTalkPipeline:
         conditions: _Conditions,
         settings: Settings,
         shift: float,
-        cache: TeaCache | None,
+        split: _Split,
         report: Callable[[int, Tensor], None],
     ) -> Tensor:
         """Noise → latents, by Euler steps along the predicted velocity; the motion frames stay as given throughout."""
@@ -387,41 +441,18 @@ class InfiniteTalkPipeline:
             ProjectedGuidance(settings.projection_momentum, settings.projection_threshold)
             for _ in range(2 if settings.projected_guidance else 0)
         ]
-        if self.transformer.is_cache_enabled:  # one of diffusers' own, to which every clip is a new video
-            self.transformer._reset_stateful_cache()
+        shares = [_Share(own, conditions, cache) for own, cache in split]
+        predict = self.ranks.begin(self.transformer, shares)
         latents = latents.clone()
         latents[:, :given] = motion_latents
         for step in range(settings.steps):
-            predictions = [
-                self._predict(latents, times[step], conditions, guided, cache)
-                for guided in passes(settings.text_guidance)
-            ]
-            velocity = combine(predictions, settings.text_guidance, settings.audio_guidance, projected)
+            velocity = combine(
+                predict(latents, times[step]), settings.text_guidance, settings.audio_guidance, projected
+            )
             latents = latents - velocity * ((times[step] - times[step + 1]) / 1000)
             latents[:, :given] = motion_latents
             report(step, latents)
         return latents
-
-    def _predict(
-        self, latents: Tensor, time: Tensor, conditions: _Conditions, guided: Pass, cache: TeaCache | None
-    ) -> Tensor:
-        """One forward of the transformer: float32 [16, T, h, w], the velocity from picture to noise."""
-        audio, regions = conditions.audio, conditions.regions
-        branch = "multi" if regions is not None and "multi" in self.transformer.config.audio_branches else "single"
-        if not guided.voice:  # the silence of one speaker, even where there are two
-            audio, regions = torch.zeros_like(audio[:, :1]), None
-        with self.transformer.cache_context(str(guided)):
-            prediction = self.transformer(
-                torch.cat([latents[None].to(self.dtype), conditions.latents], dim=1),
-                time[None],
-                conditions.prompt if guided.prompt else conditions.negative_prompt,
-                conditions.picture,
-                audio,
-                branch,
-                regions,
-                cache,
-            )
-        return prediction[0].float()
 
 
 class _GivenFeatures:

@@ -1,0 +1,217 @@
+"""Several ranks, here processes on a CPU: the same video as one, and an end to every trouble that one of them has."""
+
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch
+from torch import Tensor
+
+from infinitetalk.errors import InputError
+from infinitetalk.parallel import Followers, RankError, Share
+from infinitetalk.pipeline import InfiniteTalkPipeline, Speaker, Step
+from infinitetalk.settings import Settings
+from tests import toy_ranks
+from tests.conftest import REPOSITORY
+from tests.test_pipeline import PICTURE, video, voice
+from tests.toy_ranks import Add, Trouble, die, fail, hang
+
+
+def followers_of(process: int) -> list[psutil.Process]:
+    """The processes that a process has started as its followers."""
+    children = psutil.Process(process).children(recursive=True)
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+SETTINGS = Settings(size="64x64", steps=3, frames_per_clip=9, motion_frames=5)
+FRAMES = 15  # three clips
+ONE = (Speaker(voice(FRAMES)),)
+TWO = (*ONE, Speaker(voice(FRAMES)[::-1].copy()))
+
+
+def load(snapshots: Path, device: str) -> InfiniteTalkPipeline:
+    """Its time embedding changes so slowly that TeaCache skips forwards."""
+    pipeline = InfiniteTalkPipeline.from_snapshots(
+        snapshots / "Wan2.1-I2V-14B-480P", snapshots / "InfiniteTalk", snapshots / "chinese-wav2vec2-base", device
+    )
+    with torch.no_grad():
+        pipeline.transformer.condition_embedder.time_proj.weight.mul_(0.01)
+    return pipeline
+
+
+@pytest.fixture(scope="class")
+def alone(snapshots: Path) -> InfiniteTalkPipeline:
+    return load(snapshots, "cpu")
+
+
+@pytest.fixture(scope="class", params=[2, 3])
+def together(
+    request: pytest.FixtureRequest, snapshots: Path, alone: InfiniteTalkPipeline
+) -> Iterator[InfiniteTalkPipeline]:
+    followers = Followers(partial(load, snapshots), request.param, "cpu")
+    pipeline = load(snapshots, "cpu")
+    followers.wait()
+    pipeline.ranks = followers
+    yield pipeline
+    followers.close()
+
+
+def generate(pipeline: InfiniteTalkPipeline, settings: Settings = SETTINGS, **options: Any) -> Tensor:
+    return video(pipeline.generate(PICTURE, ONE, "A person talks.", settings, **options))
+
+
+@pytest.fixture(scope="class")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file exists, no follower can load."""
+    return tmp_path_factory.mktemp("trouble") / "broken"
+
+
+@pytest.fixture(scope="class")
+def ranks(broken: Path) -> Iterator[Followers]:
+    """Three; one that hangs for ten seconds is given up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infinitetalk.parallel.LONGEST_STEP", timedelta(seconds=10))
+        ranks = Followers(partial(toy_ranks.load, broken), 3, "cpu")
+        ranks.wait()
+        yield ranks
+        ranks.close()
+
+
+class TestTheVideo:
+    """Real pipelines, rank 0 of two and of three."""
+
+    @pytest.mark.parametrize("speakers", [ONE, TWO], ids=["one", "two"])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"text_guidance": 1.0},
+            {"projected_guidance": True},
+            {"projected_guidance": True, "text_guidance": 1.0},
+            {"teacache": 1.0, "steps": 8, "max_frames": 13},
+            {"teacache": 1.0, "steps": 8, "max_frames": 13, "text_guidance": 1.0},
+        ],
+        ids=str,
+    )
+    def test_is_that_of_one_process(
+        self,
+        together: InfiniteTalkPipeline,
+        alone: InfiniteTalkPipeline,
+        speakers: tuple[Speaker, ...],
+        changes: dict[str, Any],
+    ) -> None:
+        settings = replace(SETTINGS, **changes)
+        expected, found = (video(each.generate(PICTURE, speakers, "", settings)) for each in (alone, together))
+        assert torch.equal(found, expected)
+        if settings.teacache:
+            exact = video(alone.generate(PICTURE, speakers, "", replace(settings, teacache=0.0)))
+            assert not torch.equal(expected, exact), "forwards were skipped"
+
+    @pytest.mark.parametrize(("text_guidance", "passes"), [(5.0, 3), (1.0, 2)])
+    def test_costs_each_rank_its_share_and_no_more(
+        self, together: InfiniteTalkPipeline, text_guidance: float, passes: int
+    ) -> None:
+        forwards: list[object] = []
+        counted = together.transformer.register_forward_hook(lambda *_: forwards.append(1))
+        generate(together, replace(SETTINGS, text_guidance=text_guidance, max_frames=9))
+        counted.remove()
+        assert len(forwards) == SETTINGS.steps * (passes // min(passes, together.ranks.size))
+
+    def test_may_be_stopped_anywhere_and_the_next_is_right(
+        self, together: InfiniteTalkPipeline, alone: InfiniteTalkPipeline
+    ) -> None:
+        class StopError(Exception):
+            pass
+
+        def stop(step: Step) -> None:
+            if step.step == 1:
+                raise StopError
+
+        def fail(*_: object) -> None:
+            raise StopError
+
+        with pytest.raises(StopError):
+            generate(together, on_step=stop)
+        clips = together.generate(PICTURE, ONE, "A person talks.", SETTINGS)
+        next(clips)
+        clips.close()  # type: ignore[attr-defined]
+        broken = together.transformer.register_forward_hook(fail)
+        with pytest.raises(StopError):  # here, while the others compute
+            generate(together)
+        broken.remove()
+        assert torch.equal(generate(together), generate(alone))
+
+    def test_is_not_made_as_the_published_teacache_would_by_several(self, together: InfiniteTalkPipeline) -> None:
+        settings = replace(SETTINGS, frames_per_clip=5, motion_frames=1, teacache=0.2, reference_quirks=True)
+        with pytest.raises(InputError, match="use one GPU") as refusal:
+            generate(together, settings)
+        assert refusal.value.param == "reference_quirks"
+
+
+class TestTrouble:
+    """What happens to followers; the model is a toy."""
+
+    def run(self, ranks: Followers, *shares: Share) -> list[list[float]]:
+        step = ranks.begin(20.0, shares)
+        return [[one.item() for one in step(torch.tensor(100.0 * number), torch.tensor(0.0))] for number in (1, 2)]
+
+    def test_predictions_come_in_the_order_of_the_shares(self, ranks: Followers) -> None:
+        assert self.run(ranks, Add(), Add(), Add()) == [[121, 111, 111], [222, 212, 212]]
+        assert self.run(ranks, Add(), Add()) == [[121, 111], [222, 212]], "a rank without a share rests"
+
+    def test_a_follower_that_fails_ends_the_run_with_its_reason(self, ranks: Followers) -> None:
+        with pytest.raises(RankError, match="rank 2 of 3 failed: OutOfMemoryError on cpu: CUDA out of memory"):
+            self.run(ranks, Add(), Add(), Trouble(happens=fail))
+        assert not multiprocessing.active_children()
+
+    def test_a_follower_that_cannot_load_says_why(self, ranks: Followers, broken: Path) -> None:
+        broken.touch()
+        with pytest.raises(RankError, match="failed: OutOfMemoryError on cpu: CUDA out of memory"):
+            self.run(ranks, Add(), Add())
+        broken.unlink()
+
+    def test_a_follower_that_is_killed_ends_the_run(self, ranks: Followers) -> None:
+        with pytest.raises(RankError, match="rank 1 of 3 has died"):
+            self.run(ranks, Add(), Trouble(happens=die), Add())
+
+    def test_a_follower_that_hangs_ends_the_run(self, ranks: Followers) -> None:
+        with pytest.raises(RankError, match="rank 1 of 3 has died or hangs"):
+            self.run(ranks, Add(), Trouble(happens=hang))
+
+    def test_a_follower_that_died_while_it_had_no_work_is_replaced_before_it_has(self, ranks: Followers) -> None:
+        expected = self.run(ranks, Add(), Add(), Add())
+        first, second = multiprocessing.active_children()
+        first.kill()
+        first.join()
+        assert self.run(ranks, Add(), Add(), Add()) == expected
+        assert second not in multiprocessing.active_children()
+        assert len(multiprocessing.active_children()) == 2
+
+
+def test_followers_end_with_a_rank_0_that_is_killed(tmp_path: Path) -> None:
+    script = """
+import pathlib, functools
+from infinitetalk.parallel import Followers
+from tests import toy_ranks
+if __name__ == "__main__":
+    followers = Followers(functools.partial(toy_ranks.load, pathlib.Path("nowhere")), 2, "cpu")
+    followers.wait()
+
+    print("ready", flush=True)
+    input()
+"""
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, text=True) as leader:
+        assert leader.stdout is not None
+        assert leader.stdout.readline() == "ready\n"
+        (follower,) = followers_of(leader.pid)
+        leader.kill()
+    follower.wait(30)
