@@ -87,7 +87,7 @@ class AvatarRunner:
         except (CheckpointError, InputError) as error:
             logger.critical("The models cannot be loaded: %s", error)
             return
-        logger.info("Models loaded on %s in %.1f s", pipeline.device, time.monotonic() - started)
+        logger.info("Models loaded on %s in %.1f s; %s", pipeline.device, time.monotonic() - started, pipeline.memory)
         store = JobStore(settings.database)
         owner = runner_name(settings.home, str(pipeline.device))
         self.ready = True

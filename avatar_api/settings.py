@@ -17,6 +17,9 @@ class ServiceSettings(BaseSettings):
         None, description="SQLAlchemy URL of the job database; a SQLite file in the home folder if not set."
     )
     device: str | None = Field(None, description="`cuda` or `cpu`; CUDA where there is one if not set.")
+    memory: str | None = Field(
+        None, description="`24gb`, `48gb`, `80gb` or `141gb`: what stays on the GPU; by its memory if not set."
+    )
     max_seconds: float = Field(7200, gt=0, description="Longest video that a request may ask for, in seconds.")
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="Largest request body, in bytes.")
 

@@ -39,7 +39,7 @@ class Preset:
     """T5 and CLIP are on the GPU only while they encode."""
     whole_up_to: str | None = None
     """Videos larger than "480p" or "720p" are decoded in tiles; None: none are. Not exact: tiles do not see each other,
-    and are blended where they overlap."""
+    and are blended where they overlap. Encoding is always whole."""
 
     def tiles(self, height: int, width: int) -> bool:
         """Is a video of that size, in pixels, decoded in tiles?"""
@@ -50,7 +50,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset("141gb", 102 * GB, "1280x1280"),
-        Preset("80gb", 73 * GB, "720p", offload_encoders=True, whole_up_to="720p"),
+        Preset("80gb", 72 * GB, "720p", offload_encoders=True, whole_up_to="720p"),
         Preset("48gb", 29 * GB, "720p", offload_blocks=True, offload_encoders=True, whole_up_to="720p"),
         Preset("24gb", 23 * GB, "720p", offload_blocks=True, offload_encoders=True, whole_up_to="480p"),
     )

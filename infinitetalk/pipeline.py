@@ -26,7 +26,7 @@ from infinitetalk.color import match_color
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import Box, output_size, resize_and_crop, speaker_regions
 from infinitetalk.guidance import Pass, ProjectedGuidance, combine, default_shift, passes, timesteps
-from infinitetalk.memory import CPU, IN_PLACE, Preset, call_on, offload_blocks, select
+from infinitetalk.memory import CPU, IN_PLACE, Preset, call_on, describe, offload_blocks, select
 from infinitetalk.parallel import Ranks
 from infinitetalk.quantization import Quantization
 from infinitetalk.settings import Settings
@@ -179,6 +179,8 @@ class InfiniteTalkPipeline:
         self.ranks = Ranks()
         """Where the forwards are computed; `parallel` has others that spread them over several GPUs."""
         self.device: torch.device = vae.device
+        self.memory = describe(preset, self.device)
+        """Where the parts lie, and what it takes: a line for the log."""
         self.dtype: torch.dtype = transformer.patch_embedding.weight.dtype
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=self.device)
         self._latents_mean, self._latents_std = statistics[:, None, :, None, None, None]
