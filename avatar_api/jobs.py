@@ -61,7 +61,7 @@ POLL_SECONDS = {"sqlite": 0.25, "postgresql": 1.0}
 SQLITE_WAIT = 10  # seconds for another process to finish its write
 STALLED_EXIT = 70  # exit status, EX_SOFTWARE
 MIGRATIONS = Path(__file__).parent / "migrations"
-MIGRATION_LOCK = 0x41564154  # any number that nothing else in the database locks
+MIGRATION_LOCK, SUBMISSION_LOCK = 0x41564154, 0x41564155  # any numbers that nothing else in the database locks
 
 Json = dict[str, Any]
 
@@ -72,6 +72,10 @@ class JobNotFoundError(LookupError):
 
 class IdempotencyError(ValueError):
     """This idempotency key, or this id, already belongs to a job with another specification."""
+
+
+class QueueFullError(Exception):
+    """No further job is taken at present; the message says whose are too many."""
 
 
 class JobNotFinishedError(ValueError):
@@ -107,10 +111,20 @@ class JobSettings:
 
 
 @dataclass(frozen=True)
+class QueueLimits:
+    """How many jobs may wait: in all, and of one client."""
+
+    total: int
+    per_client: int
+
+
+@dataclass(frozen=True)
 class Job:
     """A job as it was when it was read."""
 
     id: str
+    client: str
+    """Whose it is; clients take turns in the queue."""
     spec: Json
     """What was asked for, as submitted."""
     state: State
@@ -126,6 +140,10 @@ class Job:
     owner: str | None
     """The runner that has it or had it last."""
     cancel_requested: bool
+    webhook_url: str | None
+    """Who is told of its end."""
+    webhook_attempts: int
+    """How often that was tried."""
     created_at: float
     started_at: float | None
     """When it was first claimed."""
@@ -143,6 +161,8 @@ class FinishedClip:
 metadata = MetaData()
 _Json = sa.JSON(none_as_null=True)
 _Seq = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+_TELLS = sa.text("webhook_url IS NOT NULL")
 
 jobs = Table(
     "jobs",
@@ -165,7 +185,13 @@ jobs = Table(
     Column("created_at", sa.Double, nullable=False),
     Column("started_at", sa.Double),
     Column("finished_at", sa.Double),
+    Column("client", sa.Text, nullable=False, server_default=""),
+    Column("webhook_url", sa.Text),
+    Column("webhook_at", sa.Double, nullable=False, server_default="0"),  # the next attempt
+    Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
     Index("jobs_in_order", "state", sa.text("priority DESC"), "seq"),
+    Index("jobs_of_client", "client", "seq"),
+    Index("jobs_to_tell", "webhook_at", sqlite_where=_TELLS, postgresql_where=_TELLS),
     sqlite_autoincrement=True,
 )
 clips = Table(
@@ -214,19 +240,35 @@ class JobStore:
 
     # The API's side
 
-    def submit(self, spec: Json, key: str | None = None, job_id: str | None = None, priority: int = 0) -> Job:
-        """Put a job in the queue; the same `key` or `job_id` again returns the job that is there.
+    def submit(
+        self,
+        spec: Json,
+        key: str | None = None,
+        job_id: str | None = None,
+        priority: int = 0,
+        client: str = "",
+        webhook_url: str | None = None,
+        limits: QueueLimits | None = None,
+    ) -> Job:
+        """Put a job in the queue; the same `key` of a client, or `job_id`, again returns the job that is there.
 
         So `spec` must be equal for equal requests: it holds nothing that is new each time, such as the id. Raises
-        IdempotencyError when it is not, ValueError for what JSON cannot hold.
+        IdempotencyError when it is not, QueueFullError, ValueError for what JSON cannot hold.
         """
         spec = json.loads(json.dumps(spec, allow_nan=False))
         job_id = job_id or f"video_{secrets.token_hex(16)}"
-        values = {"id": job_id, "key": key, "spec": spec, "priority": priority, "created_at": self._now}
+        own_key = None if key is None else json.dumps([client, key])
+        values = {"id": job_id, "key": own_key, "spec": spec, "priority": priority, "created_at": self._now}
+        values |= {"client": client, "webhook_url": webhook_url}
         insert = self._insert(jobs).values(values).on_conflict_do_nothing().returning(*_JOB)
-        same = (jobs.c.id == job_id) if key is None else (jobs.c.id == job_id) | (jobs.c.key == key)
+        same = (jobs.c.id == job_id) if key is None else (jobs.c.id == job_id) | (jobs.c.key == own_key)
         while True:  # again only if the job that is there was deleted in between
             with self._writing() as connection:
+                if limits is not None:
+                    if self._kind == "postgresql":  # SQLite has one writer anyway
+                        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SUBMISSION_LOCK)))
+                    if not connection.execute(sa.select(sa.select(jobs.c.seq).where(same).exists())).scalar():
+                        self._check_limits(connection, client, limits)
                 if row := connection.execute(insert).first():
                     return Job(*row)
                 found = [Job(*row) for row in connection.execute(sa.select(*_JOB).where(same))]
@@ -235,6 +277,16 @@ class JobStore:
                 raise IdempotencyError(f"The {name} was used before, with another request; use a new one.")
             if found:
                 return found[0]
+
+    def _check_limits(self, connection: Connection, client: str, limits: QueueLimits) -> None:
+        own = sa.func.count().filter(jobs.c.client == client)
+        total, of_client = connection.execute(sa.select(sa.func.count(), own).where(jobs.c.state == QUEUED)).one()
+        if of_client >= limits.per_client:
+            raise QueueFullError(
+                f"{of_client} of your videos are waiting already, which is the limit; try again later."
+            )
+        if total >= limits.total:
+            raise QueueFullError(f"{total} videos are waiting already, which is the limit here; try again later.")
 
     def get(self, job_id: str) -> Job:
         """One look-up by index: cheap enough to be asked several times a second. Raises JobNotFoundError."""
@@ -247,9 +299,20 @@ class JobStore:
         with self._engine.connect() as connection:
             return [FinishedClip(*row) for row in connection.execute(mine.order_by(clips.c.index))]
 
-    def page(self, limit: int = 20, after: str | None = None, order: Literal["asc", "desc"] = "desc") -> list[Job]:
-        """`limit` jobs by time of submission, newest first, following the job `after`. Raises JobNotFoundError."""
+    def page(
+        self,
+        limit: int = 20,
+        after: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+        client: str | None = None,
+    ) -> list[Job]:
+        """`limit` jobs by time of submission, newest first, following the job `after`; of one client, or of all.
+
+        Raises JobNotFoundError for an `after` that is not there.
+        """
         query = sa.select(*_JOB).order_by(jobs.c.seq.desc() if order == "desc" else jobs.c.seq).limit(limit)
+        if client is not None:
+            query = query.where(jobs.c.client == client)
         with self._engine.connect() as connection:
             if after is not None:
                 (seq,) = _row(connection, after, [jobs.c.seq])
@@ -258,13 +321,11 @@ class JobStore:
 
     def position(self, job_id: str) -> int | None:
         """How many queued jobs go before this one; None for one that is not queued. Raises JobNotFoundError."""
+        queue, order = _in_turn(jobs.c.state == QUEUED)
+        places = queue.add_columns((sa.func.row_number().over(order_by=order) - 1).label("place")).subquery()
         with self._engine.connect() as connection:
-            state, priority, seq = _row(connection, job_id, [jobs.c.state, jobs.c.priority, jobs.c.seq])
-            if state != QUEUED:
-                return None
-            sooner = (jobs.c.priority > priority) | (jobs.c.priority == priority) & (jobs.c.seq < seq)
-            ahead = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == QUEUED, sooner)
-            return connection.execute(ahead).scalar_one()
+            (seq,) = _row(connection, job_id, [jobs.c.seq])
+            return connection.execute(sa.select(places.c.place).where(places.c.seq == seq)).scalar()
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state; a state with none is left out."""
@@ -292,6 +353,30 @@ class JobStore:
                 (state,) = _row(connection, job_id, [jobs.c.state])
                 raise JobNotFinishedError(f"Job {job_id!r} is {state}; cancel it, or wait, before deleting it.")
 
+    # Those who are told of a job's end
+
+    def next_webhook(self, patience: float) -> Job | None:
+        """A finished job whose webhook is due, for this caller to send and to answer for within `patience` seconds."""
+        due = jobs.c.state.in_(FINISHED) & jobs.c.webhook_url.is_not(None) & (jobs.c.webhook_at <= self._now)
+        first = sa.select(jobs.c.seq).where(due).order_by(jobs.c.webhook_at).limit(1)
+        with self._engine.connect() as connection:
+            if connection.execute(first).first() is None:
+                return None
+        taken = {"webhook_at": self._now + patience, "webhook_attempts": jobs.c.webhook_attempts + 1}
+        with self._writing() as connection:
+            row = connection.execute(first.with_for_update(skip_locked=True)).first()
+            if row is None:
+                return None
+            return Job(
+                *connection.execute(sa.update(jobs).where(jobs.c.seq == row.seq).values(taken).returning(*_JOB)).one()
+            )
+
+    def webhook_sent(self, job_id: str, again_after: float | None) -> None:
+        """What became of it: None if it was received or is given up, else the seconds until the next attempt."""
+        values = {"webhook_url": None} if again_after is None else {"webhook_at": self._now + again_after}
+        with self._writing() as connection:
+            connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
+
     # The runner's side
 
     def reclaim(self, owner: str) -> None:
@@ -303,8 +388,9 @@ class JobStore:
     def claim(self, owner: str) -> "Claim | None":
         """Take the job whose turn it is; None when there is none.
 
-        Jobs that lost their runner go first, then by priority, then by time of submission. An owner runs one job at
-        a time: what it still holds counts as lost (the answer to its last claim may have been).
+        Jobs that lost their runner go first, then by priority; clients take turns, and each one's jobs keep their
+        order. An owner runs one job at a time: what it still holds counts as lost (the answer to its last claim may
+        have been).
         """
         running = jobs.c.state == IN_PROGRESS
         queued = (jobs.c.state == QUEUED) & (jobs.c.not_before <= self._now)
@@ -318,14 +404,16 @@ class JobStore:
             return None
         lost = freed | expired if owners_had_their_turn else freed
         with self._writing() as connection:
-            taken = self._take(connection, lost, owner) or self._take(connection, queued, owner)
+            lost_first = sa.select(jobs).where(lost).order_by(jobs.c.priority.desc(), jobs.c.seq)
+            queue, order = _in_turn(queued)
+            taken = self._take(connection, lost_first, owner) or self._take(connection, queue.order_by(*order), owner)
         return None if taken is None else Claim(self, *taken)
 
     def _take(
-        self, connection: Connection, free: sa.ColumnElement[bool], owner: str
+        self, connection: Connection, free: sa.Select[Any], owner: str
     ) -> tuple[int, int, Job, tuple[FinishedClip, ...]] | None:
-        first = sa.select(jobs).where(free).order_by(jobs.c.priority.desc(), jobs.c.seq).limit(1)
-        while row := connection.execute(first.with_for_update(skip_locked=True)).first():
+        first = free.limit(1).with_for_update(skip_locked=True, of=jobs)
+        while row := connection.execute(first).first():
             this = jobs.c.seq == row.seq
             finished = sa.select(*_CLIP).where(clips.c.job == row.seq).order_by(clips.c.index)
             done = tuple(FinishedClip(*clip) for clip in connection.execute(finished))
@@ -548,6 +636,19 @@ def runner_name(folder: Path, device: str) -> str:
 
 
 _locks: list[TextIO] = []  # open until the process ends
+
+
+def _in_turn(queued: sa.ColumnElement[bool]) -> tuple[sa.Select[Any], list[sa.ColumnElement[Any]]]:
+    """The queued jobs, and their order: by priority, then one job of each client after the other.
+
+    A job's turn is its number among its client's jobs, those that are running counted first.
+    """
+    number = sa.func.row_number().over(partition_by=jobs.c.client, order_by=[jobs.c.priority.desc(), jobs.c.seq])
+    numbered = sa.select(jobs.c.seq, number.label("number")).where(queued).subquery()
+    running = sa.select(jobs.c.client, sa.func.count().label("jobs")).where(jobs.c.state == IN_PROGRESS)
+    busy = running.group_by(jobs.c.client).subquery()
+    queue = sa.select(jobs).join(numbered, numbered.c.seq == jobs.c.seq).outerjoin(busy, busy.c.client == jobs.c.client)
+    return queue, [jobs.c.priority.desc(), numbered.c.number + sa.func.coalesce(busy.c.jobs, 0), jobs.c.seq]
 
 
 def _row(connection: Connection, job_id: str, columns: Sequence[Column[Any]]) -> _Row:

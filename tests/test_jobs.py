@@ -39,6 +39,8 @@ from avatar_api.jobs import (
     JobStore,
     Json,
     LeaseLost,
+    QueueFullError,
+    QueueLimits,
     metadata,
     runner_name,
 )
@@ -240,6 +242,87 @@ def test_pages_go_through_all_jobs_newest_first(store: JobStore) -> None:
         store.page(after="gone")
 
 
+def test_pages_of_one_client_hold_no_other_ones(store: JobStore) -> None:
+    ids = [store.submit({}, client=client).id for client in ("a", "b", "a")]
+    assert [job.id for job in store.page(client="a")] == [ids[2], ids[0]]
+    assert [job.id for job in store.page(limit=1, after=ids[2], client="a")] == [ids[0]]
+    assert store.page(client="c") == []
+
+
+def test_each_client_has_keys_of_its_own(store: JobStore) -> None:
+    mine, yours = (store.submit({"of": client}, key="k", client=client) for client in ("a", "b"))
+    assert mine.id != yours.id
+    assert store.submit({"of": "a"}, key="k", client="a") == mine
+
+
+def test_only_so_many_jobs_may_wait(store: JobStore) -> None:
+    limits = QueueLimits(total=3, per_client=2)
+    first = store.submit({}, key="k", client="a", limits=limits)
+    store.submit({}, client="a", limits=limits)
+    with pytest.raises(QueueFullError, match="2 of your videos are waiting"):
+        store.submit({}, client="a", limits=limits)
+    assert store.submit({}, key="k", client="a", limits=limits) == first, "that one waits already"
+    store.submit({}, client="b", limits=limits)
+    with pytest.raises(QueueFullError, match="3 videos are waiting"):
+        store.submit({}, client="c", limits=limits)
+    with take(store) as claim:
+        store.submit({}, client="c", limits=limits)
+        claim.complete({})
+
+
+def fill_up(url: str, count: int) -> int:
+    """How many of so many jobs, submitted at once, were taken."""
+
+    def submit(_: int) -> bool:
+        try:
+            store.submit({}, client="a", limits=QueueLimits(total=5, per_client=5))
+        except QueueFullError:
+            return False
+        return True
+
+    with closing(JobStore(url)) as store, ThreadPoolExecutor(8) as threads:
+        return sum(threads.map(submit, range(count)))
+
+
+def test_the_limit_holds_when_many_ask_at_once(database: Database, store: JobStore) -> None:
+    with ProcessPoolExecutor(2, mp_context=processes) as clients:
+        assert sum(clients.map(fill_up, [database.url] * 2, [20, 20])) == 5
+    assert store.counts() == {"queued": 5}
+
+
+# Who is told of the end
+
+
+def test_the_webhook_of_a_finished_job_is_sent_by_one_at_a_time_until_it_is_received(store: JobStore) -> None:
+    job = store.submit({}, webhook_url="https://example.com/hook")
+    store.submit({})
+    assert store.next_webhook(patience=60) is None, "nothing has ended"
+    with take(store) as claim:
+        claim.complete({"file": "video"})
+    sending = store.next_webhook(patience=60)
+    assert sending is not None
+    assert (sending.id, sending.state, sending.webhook_url) == (job.id, "completed", "https://example.com/hook")
+    assert sending.webhook_attempts == 1
+    assert store.next_webhook(patience=60) is None, "somebody is at it"
+    store.webhook_sent(job.id, again_after=0.2)
+    assert store.next_webhook(patience=0.2) is None, "not yet"
+    eventually(lambda: (again := store.next_webhook(patience=0.2)) is not None and again.webhook_attempts == 2)
+    eventually(lambda: (again := store.next_webhook(patience=60)) is not None and again.webhook_attempts == 3)
+    store.webhook_sent(job.id, again_after=None)
+    assert store.next_webhook(patience=60) is None
+    with closing(JobStore(str(store._engine.url.render_as_string(hide_password=False)))) as other:
+        assert other.next_webhook(patience=60) is None
+
+
+def test_failed_and_cancelled_jobs_have_webhooks_too(store: JobStore) -> None:
+    failed, cancelled = (store.submit({}, webhook_url="https://example.com/") for _ in range(2))
+    with take(store) as claim:
+        claim.fail(BAD_LUCK, retry=False)
+    store.cancel(cancelled.id)
+    told = [store.next_webhook(patience=60) for _ in range(2)]
+    assert {(job.id, job.state) for job in told if job} == {(failed.id, "failed"), (cancelled.id, "cancelled")}
+
+
 def test_unknown_jobs_are_named(store: JobStore) -> None:
     for ask in (store.get, store.cancel, store.delete, store.position):
         with pytest.raises(JobNotFoundError, match="'gone'"):
@@ -277,6 +360,22 @@ def test_priority_goes_before_age(store: JobStore) -> None:
             claim.complete({})
     assert store.claim("runner") is None
     assert store.counts() == {"completed": 5}
+
+
+def test_clients_take_turns(store: JobStore) -> None:
+    """One that submits many does not keep one that submits few waiting."""
+    ids = [store.submit({}, client=client).id for client in ("a", "a", "a", "b", "c", "b")]
+    order = [ids[index] for index in (0, 3, 4, 1, 5, 2)]
+    assert [store.position(job_id) for job_id in order] == [0, 1, 2, 3, 4, 5]
+    claims = [take(store, f"runner {number}") for number in range(2)]
+    assert [claim.job.id for claim in claims] == order[:2], "both run: they count as their clients' turns"
+    assert [store.position(job_id) for job_id in order[2:]] == [0, 1, 2, 3]
+    store.submit({}, client="a", priority=1)
+    with take(store, "runner 2") as claim:
+        assert claim.job.priority == 1, "priority goes before turns"
+    for claim in claims:
+        with claim:
+            claim.complete({})
 
 
 def test_a_job_that_lost_its_runner_goes_before_all_others(store: JobStore) -> None:
