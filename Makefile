@@ -42,6 +42,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.load_memory
 	$(BIN)/python -m benchmarks.quantization_error
 	$(BIN)/python -m benchmarks.job_store
+	$(BIN)/python -m benchmarks.long_video --minutes 3 --size 32x32
 
 .venv/installed: pyproject.toml requirements.lock requirements-dev.lock
 	$(PYTHON) -m venv .venv
