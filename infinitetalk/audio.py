@@ -21,7 +21,7 @@ WINDOW_FRAMES = 3000
 """A voice up to two minutes is encoded whole, exactly as published. A longer one is encoded two minutes at a time, so
 that memory does not grow with its length (the encoder attends over everything it is given)."""
 CONTEXT_FRAMES = 250
-"""What such a window hears of its neighbours on either side: ten seconds."""
+"""What such a window hears of its neighbours on either side, at least: ten seconds."""
 
 _LOWEST_LOUDNESS = -100.0  # LUFS; below it a track counts as silent and is left as it is
 _METER_SECONDS = 0.4  # gating block of ITU-R BS.1770; a shorter track has no loudness
@@ -110,8 +110,10 @@ class VoiceFeatures:
     def _encode_window(self, number: int) -> Tensor:
         """float32 [frames of the window, layers, channels]."""
         first, last = number * WINDOW_FRAMES, min((number + 1) * WINDOW_FRAMES, self._frames)
-        heard_first = max(0, first - CONTEXT_FRAMES)
-        heard_last = last + CONTEXT_FRAMES
+        # Always as much: windows of one size use each other's memory again, and the outer ones hear more.
+        span = WINDOW_FRAMES + 2 * CONTEXT_FRAMES
+        heard_first = max(0, min(first - CONTEXT_FRAMES, self._frames - span))
+        heard_last = heard_first + span
         samples_per_frame = SAMPLE_RATE // FRAMES_PER_SECOND
         if heard_last >= self._frames:  # to the voice's very end, which may lie within a frame
             heard_last, heard = self._frames, self._samples[heard_first * samples_per_frame :]
