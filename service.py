@@ -56,9 +56,10 @@ class ImportedModel(BentoModel):
             raise BentoMLException(f"Model {self.tag} is not in the model store; import it: {command}") from error
 
 
-@bentoml.service(name="avatar_runner", workers=1, resources={"gpu": 1})
+@bentoml.service(name="avatar_runner", workers=1, resources={"gpu": ServiceSettings().gpus})
 class AvatarRunner:
-    """One per GPU. Loads in a thread and says at once whether it is ready; works through the jobs in that thread."""
+    """One per GPU, or per AVATAR_GPUS of them. Loads in a thread and works through the jobs in it; meanwhile it says at
+    once whether it is ready."""
 
     wan = ImportedModel("wan2.1-i2v-14b-480p:latest")
     infinitetalk = ImportedModel("infinitetalk:latest")
@@ -71,8 +72,8 @@ class AvatarRunner:
         self._thread.start()
 
     def _load_and_work(self) -> None:
-        from avatar_api.worker import work
-        from infinitetalk.pipeline import InfiniteTalkPipeline
+        from avatar_api.worker import load, work
+        from infinitetalk.parallel import RankError
 
         settings = ServiceSettings()
         started = time.monotonic()
@@ -83,8 +84,8 @@ class AvatarRunner:
         ]  # stored models, once BentoML has resolved them
         wan, infinitetalk, wav2vec2 = (Path(model.path) for model in models)
         try:
-            pipeline = InfiniteTalkPipeline.from_snapshots(wan, infinitetalk, wav2vec2, settings.device)
-        except (CheckpointError, InputError) as error:
+            pipeline = load(wan, infinitetalk, wav2vec2, settings)
+        except (CheckpointError, InputError, RankError) as error:
             logger.critical("The models cannot be loaded: %s", error)
             return
         logger.info("Models loaded on %s in %.1f s; %s", pipeline.device, time.monotonic() - started, pipeline.memory)

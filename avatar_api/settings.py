@@ -20,6 +20,12 @@ class ServiceSettings(BaseSettings):
     memory: str | None = Field(
         None, description="`24gb`, `48gb`, `80gb` or `141gb`: what stays on the GPU; by its memory if not set."
     )
+    gpus: int = Field(
+        1,
+        ge=1,
+        le=3,
+        description="GPUs per video: the three forwards of a step are computed side by side. On a CPU, processes.",
+    )
     max_seconds: float = Field(7200, gt=0, description="Longest video that a request may ask for, in seconds.")
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="Largest request body, in bytes.")
 

@@ -8,6 +8,7 @@ clip, and its video equals an undisturbed one.
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from avatar_api.media import VideoWriter
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from infinitetalk.errors import InputError
+from infinitetalk.parallel import Followers, device_of
 from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Speaker, Step
 from infinitetalk.timeline import FRAMES_PER_SECOND
 
@@ -27,6 +29,26 @@ OUTAGE_WAIT = 2.0  # seconds between questions to a database that does not answe
 
 class Stopping(Exception):  # noqa: N818 - no error: the process was asked to end
     """Raised at a denoising step when the runner has no time left to finish the clip."""
+
+
+def load(wan: Path, infinitetalk: Path, wav2vec2: Path, settings: ServiceSettings) -> InfiniteTalkPipeline:
+    """The pipeline from its snapshots, on as many GPUs as the settings say.
+
+    Raises CheckpointError, InputError for a GPU that is not there, RankError for trouble on another than the first.
+    """
+    snapshots = partial(InfiniteTalkPipeline.from_snapshots, wan, infinitetalk, wav2vec2, memory=settings.memory)
+    if settings.gpus == 1:
+        return snapshots(settings.device)
+    followers = Followers(snapshots, settings.gpus, settings.device)
+    try:
+        pipeline = snapshots(device_of(0, settings.device))
+        followers.wait()
+    except BaseException:
+        followers.close()
+        raise
+    pipeline.ranks = followers
+    logger.info("%d ranks share the passes of each step", followers.size)
+    return pipeline
 
 
 def work(

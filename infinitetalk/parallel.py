@@ -19,20 +19,22 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore, ProcessGroup  # type: ignore[attr-defined]
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from infinitetalk.errors import InputError
 
 LONGEST_STEP = timedelta(minutes=10)
-"""What a follower that lives may take for a step, and a process for finding the others."""
+"""What a follower that lives may take for a step, and all for finding each other."""
 LONGEST_WAIT = timedelta(days=3650)
 """What a follower waits for work, and what it may take to load: it ends with rank 0."""
 
@@ -76,12 +78,12 @@ class Leader(Ranks):
     """Rank 0 of processes that somebody else started: torchrun, by default. A process can be in one group at a time."""
 
     def __init__(self, **rendezvous: Any) -> None:
-        self._patient = _join(**rendezvous)
+        _join(**rendezvous)
         self.size = dist.get_world_size()
 
     def wait(self) -> None:
         for rank in range(1, self.size):
-            self._receive(rank, torch.device("cpu"), self._patient)
+            self._receive(rank, torch.device("cpu"), LONGEST_WAIT)
 
     def begin(self, model: Any, shares: Sequence[Share]) -> Callable[[Tensor, Tensor], list[Tensor]]:
         """Raises RankError, as the function that it returns does."""
@@ -96,7 +98,7 @@ class Leader(Ranks):
             try:
                 predictions = own(latents, time)
             finally:  # an answer left lying would be taken for the next step's
-                answers = [self._receive(rank, latents.device) for rank in others]
+                answers = [self._receive(rank, latents.device, LONGEST_STEP) for rank in others]
             return [*predictions, *(prediction for answer in answers for prediction in answer)]
 
         return step
@@ -107,11 +109,11 @@ class Leader(Ranks):
 
     def _send(self, rank: int, message: Any) -> None:
         with self._talking_to(rank):
-            _send(message, rank, self._patient)
+            _send(message, rank, LONGEST_STEP)
 
-    def _receive(self, rank: int, device: torch.device, group: ProcessGroup | None = None) -> Any:
+    def _receive(self, rank: int, device: torch.device, timeout: timedelta) -> Any:
         with self._talking_to(rank):
-            packed = _receive(rank, group)
+            packed = _receive(rank, timeout)
         message = _unpacked(packed, device)
         if isinstance(message, _Failure):
             self.close()
@@ -147,7 +149,7 @@ class Followers(Leader):
                 if process.exitcode is not None:
                     self.close()
                     raise RankError(f"rank {rank} of {self.size} ended as it began (exit code {process.exitcode}).")
-        self._patient = _join(store=store, rank=0, world_size=self.size)
+        _join(store=store, rank=0, world_size=self.size)
         super().wait()
 
     def begin(self, model: Any, shares: Sequence[Share]) -> Callable[[Tensor, Tensor], list[Tensor]]:
@@ -162,6 +164,7 @@ class Followers(Leader):
             process.kill()
             process.join()
         super().close()
+        self._folder.cleanup()
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")  # a file, not a port: nobody else can come in
@@ -183,22 +186,22 @@ class Followers(Leader):
 @torch.no_grad()
 def follow(load: Load, device: str, **rendezvous: Any) -> None:
     """A follower's life: load, compute what rank 0 asks for, and end when rank 0 ends. Raises what goes wrong here."""
-    patient = _join(**rendezvous)
-    with _last_words(device, patient):
+    _join(**rendezvous)
+    with _last_words(device):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         model = load(device).transformer
-        _send("loaded", 0, patient)
+        _send("loaded", 0, LONGEST_WAIT)
     share: Share | None = None
     while True:
         try:
-            packed = _receive(0, patient)
+            packed = _receive(0, LONGEST_WAIT)
         except RuntimeError:
             return
         with _last_words(device):
             message = _unpacked(packed, torch.device(device))
             if share is not None and isinstance(message, tuple):
-                _send(share(model, *message), 0)
+                _send(share(model, *message), 0, LONGEST_WAIT)
             else:
                 share = message
                 message.begin(model)
@@ -210,9 +213,16 @@ def torchrun_rank() -> int | None:
 
 
 def device_of(rank: int, device: str | None = None) -> str:
-    """A rank's device: of `cuda`, which is taken where there is one if nothing is given, the GPU of its number."""
+    """A rank's device: of `cuda`, which is taken where there is one if nothing is given, the GPU of its number.
+
+    Raises InputError where there is no such GPU.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return f"cuda:{rank}" if device == "cuda" else device
+    if device != "cuda":
+        return device
+    if rank >= torch.cuda.device_count():
+        raise InputError("device", f"GPU {rank + 1} was asked for, and this machine has {torch.cuda.device_count()}.")
+    return f"cuda:{rank}"
 
 
 @dataclass(frozen=True)
@@ -223,11 +233,14 @@ class _Failure:
 
 
 @contextmanager
-def _last_words(device: str, group: ProcessGroup | None = None) -> Iterator[None]:
+def _last_words(device: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _send(_Failure(f"{type(error).__name__} on {device}: {error}"), 0, group)
+        _send(_Failure(f"{type(error).__name__} on {device}: {error}"), 0, LONGEST_WAIT)
+        with suppress(RuntimeError):  # rank 0 ends the group once it has read that; until then it may be sending
+            while True:
+                _receive(0, LONGEST_WAIT)
         raise
 
 
@@ -251,27 +264,26 @@ def _greeting(rank: int) -> str:
     return f"rank {rank}"
 
 
-def _join(**rendezvous: Any) -> ProcessGroup:
-    """Meet the other ranks → the group to wait for work in; the default one is for answers."""
+def _join(**rendezvous: Any) -> None:
+    """Meet the other ranks."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # else it listens where the host's name points to
     dist.init_process_group("gloo", timeout=LONGEST_STEP, **rendezvous)
-    return cast(ProcessGroup, dist.new_group(timeout=LONGEST_WAIT))
 
 
-def _send(message: Any, rank: int, group: ProcessGroup | None = None) -> None:
+def _send(message: Any, rank: int, timeout: timedelta) -> None:
     buffer = io.BytesIO()
     torch.save(message, buffer)
     packed = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-    dist.send(torch.tensor([len(packed)]), rank, group)
-    dist.send(packed, rank, group)
+    for tensor in (torch.tensor([len(packed)]), packed):
+        dist.isend(tensor, rank).wait(timeout)  # type: ignore[union-attr]
 
 
-def _receive(rank: int, group: ProcessGroup | None = None) -> Tensor:
+def _receive(rank: int, timeout: timedelta) -> Tensor:
     length = torch.empty(1, dtype=torch.int64)
-    dist.recv(length, rank, group)
+    dist.irecv(length, rank).wait(timeout)  # type: ignore[union-attr]
     packed = torch.empty(int(length), dtype=torch.uint8)
-    dist.recv(packed, rank, group)
+    dist.irecv(packed, rank).wait(timeout)  # type: ignore[union-attr]
     return packed
 
 

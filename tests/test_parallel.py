@@ -1,9 +1,13 @@
 """Several ranks, here processes on a CPU: the same video as one, and an end to every trouble that one of them has."""
 
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -12,16 +16,24 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
+from avatar_api.jobs import Job, JobSettings, JobStore
+from avatar_api.requests import VideoRequest
+from avatar_api.settings import ServiceSettings
+from avatar_api.shutdown import Shutdown
+from avatar_api.worker import load as load_for_runner
+from avatar_api.worker import run
 from infinitetalk.errors import InputError
-from infinitetalk.parallel import Followers, RankError, Share
+from infinitetalk.parallel import Followers, RankError, Share, device_of
 from infinitetalk.pipeline import InfiniteTalkPipeline, Speaker, Step
 from infinitetalk.settings import Settings
 from tests import toy_ranks
 from tests.conftest import REPOSITORY
 from tests.test_pipeline import PICTURE, video, voice
+from tests.test_service import Server, bento_home, free_port  # noqa: F401 - the fixture for pytest to find
 from tests.toy_ranks import Add, Trouble, die, fail, hang
 
 
@@ -186,6 +198,12 @@ class TestTrouble:
         with pytest.raises(RankError, match="rank 1 of 3 has died or hangs"):
             self.run(ranks, Add(), Trouble(happens=hang))
 
+    def test_a_follower_that_hangs_although_it_has_no_work_ends_the_next_run(self, ranks: Followers) -> None:
+        self.run(ranks, Add(), Add())
+        followers_of(os.getpid())[0].suspend()
+        with pytest.raises(RankError, match="rank 1 of 3 has died or hangs"):
+            self.run(ranks, Add(), Add(), Add())
+
     def test_a_follower_that_died_while_it_had_no_work_is_replaced_before_it_has(self, ranks: Followers) -> None:
         expected = self.run(ranks, Add(), Add(), Add())
         first, second = multiprocessing.active_children()
@@ -215,3 +233,91 @@ if __name__ == "__main__":
         (follower,) = followers_of(leader.pid)
         leader.kill()
     follower.wait(30)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match=r"GPU 100 was asked for, and this machine has \d"):
+        device_of(99, "cuda")
+
+
+class TestTheRunner:
+    """The service's, with AVATAR_GPUS."""
+
+    @pytest.fixture
+    def voice_file(self, tmp_path: Path) -> Path:
+        """Long enough for two clips."""
+        soundfile.write(tmp_path / "voice.wav", voice(100), 16000)
+        return tmp_path / "voice.wav"
+
+    def test_makes_the_same_video_with_several_even_if_one_dies(
+        self, snapshots: Path, pipeline: InfiniteTalkPipeline, voice_file: Path, tmp_path: Path
+    ) -> None:
+        settings = ServiceSettings(home=tmp_path, device="cpu", gpus=2)
+        store = JobStore(settings.database, JobSettings(backoff=0.01))
+        request = VideoRequest(prompt="A woman talks.", size="64x64", steps=2).model_dump()
+
+        def submit() -> Path:
+            job = store.submit({"request": request, "reference": "image", "voices": ["audio"]})
+            settings.job_folder(job.id).mkdir(parents=True)
+            shutil.copy(REPOSITORY / "examples" / "portrait.png", settings.job_folder(job.id) / "image")
+            shutil.copy(voice_file, settings.job_folder(job.id) / "audio")
+            return settings.job_folder(job.id)
+
+        def run_next(ranks: InfiniteTalkPipeline) -> Job:
+            while (claim := store.claim("runner")) is None:
+                time.sleep(0.05)
+            with claim:
+                run(claim, ranks, settings.job_folder(claim.job.id), Shutdown())
+            return store.get(claim.job.id)
+
+        def video_of(job: Job) -> bytes:
+            assert job.result is not None, job.error
+            return (settings.job_folder(job.id) / str(job.result["video"])).read_bytes()
+
+        submit()
+        expected = video_of(run_next(pipeline))
+        folder = submit()
+        wan, infinitetalk = snapshots / "Wan2.1-I2V-14B-480P", snapshots / "InfiniteTalk"
+        together = load_for_runner(wan, infinitetalk, snapshots / "chinese-wav2vec2-base", settings)
+        forwards: list[object] = []
+
+        def kill_in_the_second_clip(*_: object) -> None:
+            forwards.append(1)
+            if len(forwards) == 3:
+                multiprocessing.active_children()[0].kill()
+
+        together.transformer.register_forward_hook(kill_in_the_second_clip)
+        with closing(together.ranks):
+            job = run_next(together)
+            assert (job.state, len(store.clips(job.id))) == ("queued", 1)
+            assert job.error is not None
+            assert "RankError" in job.error["message"]
+            assert video_of(run_next(together)) == expected
+        assert not list(folder.glob("clip-*"))
+
+    def test_leaves_no_process_behind_when_it_is_killed(
+        self,
+        bento_home: Path,  # noqa: F811
+        voice_file: Path,
+        tmp_path: Path,
+    ) -> None:
+        port, log = free_port(), tmp_path / "serve.log"
+        environment = {
+            **os.environ,
+            **{"BENTOML_HOME": str(bento_home), "BENTOML_DO_NOT_TRACK": "1"},
+            **{"AVATAR_HOME": str(tmp_path), "AVATAR_GPUS": "2", "AVATAR_DEVICE": "cpu", "AVATAR_AUTH": "off"},
+        }
+        command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+        try:
+            server = Server(f"http://127.0.0.1:{port}", tmp_path, process, log)
+            server.wait_until_ready()
+            assert server.generate(voice_file, size="64x64", steps="1", max_seconds="0.04").status_code == 200
+            runner = server.worker("avatar_runner")
+            (follower,) = followers_of(runner.pid)
+            runner.kill()
+            follower.wait(30)
+        finally:
+            process.terminate()
+            process.wait(60)
