@@ -26,6 +26,7 @@ from infinitetalk.color import match_color
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import Box, output_size, resize_and_crop, speaker_regions
 from infinitetalk.guidance import Pass, ProjectedGuidance, combine, default_shift, passes, timesteps
+from infinitetalk.lora import Lora
 from infinitetalk.memory import CPU, IN_PLACE, Preset, call_on, describe, offload_blocks, select
 from infinitetalk.parallel import Ranks
 from infinitetalk.quantization import Quantization
@@ -194,13 +195,15 @@ class InfiniteTalkPipeline:
         device: str | torch.device | None = None,
         memory: str | None = None,
         quantization: Quantization | None = None,
+        loras: Sequence[tuple[Lora, float]] = (),
     ) -> "InfiniteTalkPipeline":
         """Load the published snapshots (`infinitetalk`: its folder, or one file of audio weights).
 
         On a GPU, the default where there is one, in the published precisions: transformer and T5 bfloat16, CLIP
         float16, VAE and speech encoder float32. On a CPU everything is float32. `memory` names one of `memory.PRESETS`
-        in place of that for the GPU; `quantization` makes the transformer's weights of one byte. Raises
-        CheckpointError, and InputError for a device or a preset that is not there.
+        in place of that for the GPU; `quantization` makes the transformer's weights of one byte; `loras` are
+        merged into it, each at its scale. Raises CheckpointError, and InputError for a device or a preset that is not
+        there.
         """
         try:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -212,7 +215,7 @@ class InfiniteTalkPipeline:
         waiting = CPU if preset.offload_encoders else device
         half, clip_half = (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
         placed = CPU if preset.offload_blocks else device
-        transformer = checkpoints.load_transformer(wan, infinitetalk, placed, half, quantization)
+        transformer = checkpoints.load_transformer(wan, infinitetalk, placed, half, quantization, loras)
         if preset.offload_blocks:
             offload_blocks(transformer, device)
         return cls(
