@@ -219,7 +219,7 @@ class _Branch:
         if self.leaf == "bias":
             added = self.factors[0]
         else:
-            added = inputs[0].to(output)
+            added = inputs[0]
             for factor in reversed(self.factors):
                 added = F.linear(added, factor)
         return torch.add(output, added, alpha=self.scale)
@@ -305,18 +305,15 @@ def _places(model: nn.Module, lora: Lora) -> list[tuple[nn.Module, str, Delta]]:
         owner, _, leaf = delta.parameter.rpartition(".")
         try:
             module = model.get_submodule(owner)
-            parameter = getattr(module, leaf)
+            parameter: Tensor = getattr(module, leaf)
         except AttributeError as error:
             raise CheckpointError(
                 f"{lora.path}: {delta.key!r} is for {delta.parameter}, which this model lacks."
             ) from error
-        expected = tuple(parameter.shape)
-        if isinstance(module, nn.Linear) and leaf == "weight":
-            expected = (module.out_features, module.in_features)  # quantised weights may be of any shape
-        if delta.shape != expected:
+        if delta.shape != parameter.shape:
             raise CheckpointError(
                 f"{lora.path}: {delta.key!r} is for a parameter of shape {list(delta.shape)}, but {delta.parameter} "
-                f"has {list(expected)}; was the LoRA made for another model, such as one of another size?"
+                f"has {list(parameter.shape)}; was the LoRA made for another model, such as one of another size?"
             )
         places.append((module, leaf, delta))
     return places

@@ -856,6 +856,7 @@ def test_a_lora_from_a_file(home: Path, lora_source: Path) -> None:
     assert contents(folder) == {"-My LoRA_.safetensors": LORA_CONTENT}
     assert json.loads((folder / "snapshot.lock.json").read_text())["repository"] == "Kijai/WanVideo_comfy"
     assert "takes DIR/REPOSITORY/FILE" in refuses_lora(home, None, "a/b/c.safetensors", "--source", lora_source)
+    assert "is neither a file" in refuses_lora(home, None, asked, "--source", lora_source)  # one source at a time
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,13 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from optimum.quanto import freeze, qint8, quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infinitetalk import checkpoints
 from infinitetalk.errors import CheckpointError
 from infinitetalk.lora import PRESETS, Lora, applied, merge, read_lora
-from infinitetalk.quantization import Quantization
-from infinitetalk.quantization import quantize as quantize_weights
+from infinitetalk.quantization import Quantization, quantize
 from infinitetalk.settings import Settings
 from infinitetalk.transformer import InfiniteTalkTransformer3DModel
 from tests.conftest import GOLDENS
@@ -168,7 +166,7 @@ def test_merged_while_loading_is_as_merged_afterwards(
     for one, scale in loras:
         merge(model, one, scale)
     if quantization:
-        quantize_weights(model, quantization)
+        quantize(model, quantization)
     assert torch.equal(forward(loaded), forward(model))
 
 
@@ -287,18 +285,18 @@ def test_merging_rounds_once_to_the_type_of_each_weight(tmp_path: Path) -> None:
     assert {str(after[name].dtype) for name in added} == {"torch.bfloat16", "torch.float32"}
 
 
-def test_nothing_is_merged_into_a_quantised_model(model: InfiniteTalkTransformer3DModel, lora: Lora) -> None:
-    quantised(model)
+@pytest.mark.parametrize("quantization", ["fp8", "int8", None])
+def test_nothing_is_merged_into_a_quantised_model(
+    model: InfiniteTalkTransformer3DModel, lora: Lora, quantization: Quantization | None
+) -> None:
+    if quantization:
+        quantize(model, quantization)
+    else:
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     before = forward(model)
     with pytest.raises(TypeError, match=r"blocks\..*\.weight is quantised: merge LoRAs before"):
         merge(model, lora, 1.0)
     assert torch.equal(forward(model), before)
-
-
-def quantised(model: InfiniteTalkTransformer3DModel) -> InfiniteTalkTransformer3DModel:
-    quantize(model.blocks, weights=qint8)
-    freeze(model.blocks)
-    return model
 
 
 # There for a while.
@@ -371,6 +369,7 @@ def test_an_exception_in_between_leaves_no_trace(model: InfiniteTalkTransformer3
 
 
 def test_gradients_are_on_or_off_as_the_caller_has_them(model: InfiniteTalkTransformer3DModel, lora: Lora) -> None:
+    model.requires_grad_(True)
     with applied(model, [(lora, 1.0)]):
         assert torch.is_grad_enabled()
     with torch.inference_mode(), applied(model, [(lora, 1.0)]):
@@ -378,8 +377,11 @@ def test_gradients_are_on_or_off_as_the_caller_has_them(model: InfiniteTalkTrans
     assert forward(model).isfinite().all()
 
 
-def test_applied_to_quantised_weights(model: InfiniteTalkTransformer3DModel, lora: Lora) -> None:
-    quantised(model)
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_applied_to_quantised_weights(
+    model: InfiniteTalkTransformer3DModel, lora: Lora, quantization: Quantization
+) -> None:
+    quantize(model, quantization)
     layer, plain = model.get_submodule("blocks.0.attn1.to_q"), forward(model)
     up, down = next(delta.factors for delta in lora.deltas if delta.parameter == "blocks.0.attn1.to_q.weight")
     bias = next(delta.factors[0] for delta in lora.deltas if delta.parameter == "blocks.0.attn1.to_q.bias")
