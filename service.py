@@ -9,8 +9,10 @@ import asyncio
 import json
 import logging
 import secrets
+import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +24,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator
 
 from avatar_api.http import OneErrorShape, adapt_forms, create_app, error_response
-from avatar_api.inputs import lay_down
+from avatar_api.inputs import Source, lay_down
 from avatar_api.jobs import COMPLETED, FINISHED, Job, JobStore, runner_name
 from avatar_api.requests import DEFAULTS, VideoRequest
 from avatar_api.settings import ServiceSettings
@@ -184,7 +186,11 @@ class AvatarApi:
     def _submit(self, request: VideoRequest, files: dict[str, Path | None]) -> Job:
         """Lay the files into a folder of the job's own, judge them, and queue the job."""
         job_id = f"video_{secrets.token_hex(12)}"
-        return self.store.submit(lay_down(request, files, self.settings.job_folder(job_id)), job_id=job_id)
+        sources: dict[str, Source] = {
+            name: partial(shutil.copyfile, file) for name, file in files.items() if file is not None
+        }
+        folder = self.settings.job_folder(job_id)
+        return self.store.submit(lay_down(request, sources, folder, self.settings.max_seconds, "image"), job_id=job_id)
 
 
 adapt_forms(ServiceSettings().max_upload_bytes)

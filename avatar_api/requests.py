@@ -59,6 +59,7 @@ class VideoRequest(BaseModel):
         Speakers()
     )
     scene_cuts: Annotated[bool, Field(description="Of a video: generate each of its scenes on its own.")] = False
+    webhook_url: Annotated[str | None, Field(max_length=2000, description="Told when the video is finished.")] = None
     quality: Annotated[Literal["exact"], Field(description="Only `exact` for now.")] = "exact"
 
     @field_validator("size")

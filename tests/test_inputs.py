@@ -1,6 +1,8 @@
 """A job's files: judged before it is queued, and found again by whoever runs it."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +38,15 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def submit(folder: Path, values: dict[str, object], **files: Path) -> dict[str, object]:
     """As the service does it; the specification goes through the database as JSON."""
     request = VideoRequest.judge({"size": "64x64", **values})
-    spec: dict[str, object] = json.loads(json.dumps(lay_down(request, files, folder)))
+    sources = {name: partial(shutil.copyfile, file) for name, file in files.items()}
+    spec: dict[str, object] = json.loads(json.dumps(lay_down(request, sources, folder, 60, "image")))
     return spec
 
 
 def test_one_voice_and_a_picture(files: dict[str, Path], tmp_path: Path) -> None:
     spec = submit(tmp_path / "job", {"steps": 3}, image=files["picture"], audio=files["first"])
     inputs = pick_up(spec, tmp_path / "job")
-    assert np.array_equal(inputs.reference, PICTURE)  # type: ignore[arg-type]
+    assert np.array_equal(inputs.reference, PICTURE)
     assert inputs.request.steps == 3
     assert inputs.size == (64, 64)
     (voice,) = inputs.read_voices()
