@@ -2,8 +2,9 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -27,7 +28,35 @@ class ServiceSettings(BaseSettings):
         description="GPUs per video: the three forwards of a step are computed side by side. On a CPU, processes.",
     )
     max_seconds: float = Field(7200, gt=0, description="Longest video that a request may ask for, in seconds.")
-    max_upload_bytes: int = Field(500 * 2**20, gt=0, description="Largest request body, in bytes.")
+    max_upload_bytes: int = Field(500 * 2**20, gt=0, description="Largest request body, and largest file from a URL.")
+
+    auth: Literal["keys", "off"] = Field("keys", description="`off`: whoever reaches the server may use it.")
+    api_keys: SecretStr | None = Field(
+        None, description="Keys that callers send, separated by commas; one is made and printed if there are none."
+    )
+    api_keys_file: Path | None = Field(None, description="A file with one key per line, instead or besides.")
+
+    max_queued: int = Field(1000, gt=0, description="Videos that may wait; further requests get 429.")
+    max_queued_per_key: int = Field(100, gt=0, description="The same, of one API key.")
+    keep_days: float = Field(7, gt=0, description="A finished video and its files are deleted after so many days.")
+    keep_bytes: int | None = Field(
+        None, gt=0, description="Delete the oldest finished videos while the home folder holds more than this."
+    )
+
+    allowed_hosts: str = Field(
+        "",
+        description="Hosts and networks, separated by commas, that inputs and webhooks may name though not public: "
+        "`files.internal, 10.1.0.0/16`.",
+    )
+    fetch_seconds: float = Field(300, gt=0, description="Longest time for a file from a URL.")
+    webhook_secret: SecretStr | None = Field(
+        None, description="`whsec_…`, signs webhooks; one is made and kept in the home folder if not set."
+    )
+
+    s3_bucket: str | None = Field(None, description="Bucket for results and checkpoints; the home folder if not set.")
+    s3_prefix: str = Field("avatar/", description="What their names in the bucket begin with.")
+    s3_endpoint_url: str | None = Field(None, description="Of an S3-compatible service; Amazon's if not set.")
+    s3_link_seconds: int = Field(3600, gt=0, le=7 * 24 * 3600, description="How long a link to a result is valid.")
 
     @cached_property
     def database(self) -> str:
