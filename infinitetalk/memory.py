@@ -104,7 +104,8 @@ def describe(preset: Preset, device: torch.device) -> str:
 def call_on(device: torch.device, module: nn.Module, *arguments: Any, **options: Any) -> Any:
     """Call a module on a device that it need not be on: with copies of its tensors, which go when it is done."""
     copies = {name: tensor.to(device) for name, tensor in chain(module.named_parameters(), module.named_buffers())}
-    return functional_call(module, copies, arguments, options)
+    # T5's embedding is one module under two names: to swap it under both would leave a copy in its place afterwards.
+    return functional_call(module, copies, arguments, options, tie_weights=False)
 
 
 def offload_blocks(transformer: InfiniteTalkTransformer3DModel, device: torch.device) -> None:

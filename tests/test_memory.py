@@ -175,6 +175,11 @@ def test_encoders_are_on_the_gpu_only_while_they_encode(snapshots: Path) -> None
     assert pipeline.device == META
     assert pipeline.encode_picture(torch.empty(3, 64, 64, device=META)).device == META
     assert pipeline.image_encoder.device == CPU
+    seen: list[torch.device] = []
+    pipeline.text_encoder.register_forward_pre_hook(lambda encoder, _: seen.append(encoder.shared.weight.device))
+    with pytest.raises(RuntimeError, match="meta tensors"):  # T5 looks at its mask's values, of which there are none
+        pipeline.encode_prompt("Hi.")
+    assert (seen, pipeline.text_encoder.device) == ([META], CPU)
     resident = load(snapshots, META, "141gb")
     assert {resident.text_encoder.device, resident.image_encoder.device} == {META}
 
