@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ def load(broken: Path, device: str) -> SimpleNamespace:
     if broken.exists():
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return SimpleNamespace(transformer=10.0)
+
+
+def load_forever(device: str) -> None:
+    print("loading", flush=True)
+    time.sleep(1000)
 
 
 @dataclass
