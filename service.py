@@ -29,7 +29,7 @@ from avatar_api.jobs import COMPLETED, FINISHED, Job, JobStore, runner_name
 from avatar_api.requests import DEFAULTS, VideoRequest
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
-from infinitetalk.errors import CheckpointError, InputError
+from infinitetalk.errors import CheckpointError, InputError, RankError
 
 logger = logging.getLogger("avatar_api")
 logger.setLevel(logging.INFO)
@@ -75,7 +75,6 @@ class AvatarRunner:
 
     def _load_and_work(self) -> None:
         from avatar_api.worker import load, work
-        from infinitetalk.parallel import RankError
 
         settings = ServiceSettings()
         started = time.monotonic()

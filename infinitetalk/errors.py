@@ -1,4 +1,4 @@
-"""The two ways a run can be refused. Both say what is wrong, with which input, and what would be right."""
+"""The ways a run can be refused or fail. Each says what is wrong, with which input, and what would be right."""
 
 
 class InputError(ValueError):
@@ -16,3 +16,7 @@ class InputError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A model file is missing, damaged, misnamed or of the wrong shape; the message names file, key and expectation."""
+
+
+class RankError(RuntimeError):
+    """Another process that shares the work failed, died or hangs; the message says which, and why."""

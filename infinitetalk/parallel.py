@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from infinitetalk.errors import InputError
+from infinitetalk.errors import InputError, RankError
 
 LONGEST_STEP = timedelta(minutes=10)
 """What a follower that lives may take for a step, and all for finding each other."""
@@ -40,10 +40,6 @@ LONGEST_WAIT = timedelta(days=3650)
 
 Load = Callable[[str], Any]
 """A device's name → a pipeline, of which a follower keeps the transformer. It travels to a process: a picklable one."""
-
-
-class RankError(RuntimeError):
-    """A follower failed, died or hangs; the message says which, and why."""
 
 
 class Share(Protocol):

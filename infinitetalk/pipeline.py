@@ -311,11 +311,12 @@ class InfiniteTalkPipeline:
             video = match_color(self.decode_video(latents), picture_at(opening), settings.color_correction)
             if not bool(torch.isfinite(video).all()):
                 raise FloatingPointError(f"clip {index + 1} of {len(clips)} came out as NaN.")
-            motion = video[:, -settings.motion_frames :]
+            motion = video[:, -settings.motion_frames :].clone()  # a view would keep the whole clip
             new = timeline.new_frames(number)
             last = index + 1 == len(clips)
-            state = None if last else ClipState(index + 1, motion.cpu().clone(), generator.get_state())
+            state = None if last else ClipState(index + 1, motion.cpu(), generator.get_state())
             yield Clip(index, len(clips), video[:, new.start : new.stop].cpu(), state)
+            del video
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """→ [1, 512, text width], the prompt's features followed by zeros, which the transformer does attend to."""

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.progress import TimeRemainingColumn as EtaColumn
 from rich.text import Text
 
-from infinitetalk.errors import CheckpointError, InputError
+from infinitetalk.errors import CheckpointError, InputError, RankError
 from infinitetalk.geometry import Box, output_size, speaker_regions
 from infinitetalk.settings import Settings
 from infinitetalk.timeline import FRAMES_PER_SECOND, plan
@@ -306,7 +306,7 @@ def exit_status(run: Callable[[Console], None], flags: Mapping[str, str] = {}) -
         flag = flags.get(error.param) if isinstance(error, InputError) else None
         errors.print(f"error: {flag}: {error}" if flag else f"error: {error}")
         return 2
-    except OSError as error:
+    except (OSError, RankError) as error:
         errors.print(f"error: {error}")
         return 1
     except KeyboardInterrupt:

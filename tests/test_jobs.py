@@ -273,14 +273,15 @@ def test_only_so_many_jobs_may_wait(store: JobStore) -> None:
 def fill_up(url: str, count: int) -> int:
     """How many of so many jobs, submitted at once, were taken."""
 
-    def submit(_: int) -> bool:
-        try:
-            store.submit({}, client="a", limits=QueueLimits(total=5, per_client=5))
-        except QueueFullError:
-            return False
-        return True
+    with closing(JobStore(url)) as queue, ThreadPoolExecutor(8) as threads:
 
-    with closing(JobStore(url)) as store, ThreadPoolExecutor(8) as threads:
+        def submit(_: int) -> bool:
+            try:
+                queue.submit({}, client="a", limits=QueueLimits(total=5, per_client=5))
+            except QueueFullError:
+                return False
+            return True
+
         return sum(threads.map(submit, range(count)))
 
 

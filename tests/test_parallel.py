@@ -26,8 +26,8 @@ from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.worker import load as load_for_runner
 from avatar_api.worker import run
-from infinitetalk.errors import InputError
-from infinitetalk.parallel import Followers, RankError, Share, device_of
+from infinitetalk.errors import InputError, RankError
+from infinitetalk.parallel import Followers, Share, device_of
 from infinitetalk.pipeline import InfiniteTalkPipeline, Speaker, Step
 from infinitetalk.settings import Settings
 from tests import toy_ranks
