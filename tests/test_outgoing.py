@@ -471,7 +471,7 @@ def test_a_slow_name_server_gets_no_more_time(
     over = threading.Event()
 
     def slow(*_: Any, **__: Any) -> None:
-        over.wait(5)
+        over.wait(2)
         raise socket.gaierror
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)

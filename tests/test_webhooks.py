@@ -6,6 +6,7 @@ import hmac
 import json
 import logging
 import multiprocessing
+import re
 import stat
 import threading
 import time
@@ -199,13 +200,17 @@ def test_it_is_sent_until_it_is_received_each_time_with_the_same_id(
 
 
 def test_each_attempt_waits_longer_for_the_next(
-    store: JobStore, receiver: Receiver, sender: Callable[..., Webhooks]
+    store: JobStore, receiver: Receiver, sender: Callable[..., Webhooks], caplog: pytest.LogCaptureFixture
 ) -> None:
     receiver.statuses = [500]
     finished(store, receiver.url)
-    sender(WebhookTimes(poll=0.02, retries=(0.02, 3600)))
-    eventually(lambda: len(receiver.received) == 2)
-    eventually(lambda: store.next_webhook(0) is None)  # the third one is not due
+    caplog.set_level(logging.INFO)
+    sender(WebhookTimes(poll=0.02, retries=(1, 3600)))
+    eventually(lambda: len(re.findall("webhook: again in", caplog.text)) == 2)
+    first, second = map(int, re.findall(r"webhook: again in (\d+) s: the answer was 500", caplog.text))
+    assert first == 1
+    assert 3240 <= second <= 3960
+    assert store.next_webhook(0) is None  # not due
     waits = WebhookTimes().retries
     assert list(waits) == sorted(waits)
     assert sum(waits) > 22 * 3600
