@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Self, cast
 
 import av
-import cv2
 import numpy as np
 from av import VideoFrame, VideoStream
 from av.container import InputContainer
@@ -44,15 +43,17 @@ SEEK_FROM = 20  # s: a picture further ahead is sought; nearer ones are reached 
 SEEK_BEFORE = 10  # s: seeking aims so much too early, to meet a picture that needs no other
 LONGEST_REORDER = 1  # s: packets that jump back further do not belong to one recording
 
+THUMBNAIL = 256  # pixels: the longer side; PySceneDetect's own default for what it compares
 SHORTEST_SCENE = FRAMES_PER_SECOND  # frames
-SCENE_SIDE = 256  # pixels: the longer side of the pictures that are compared; PySceneDetect's own default
+
+REMEDY = "send an MP4, MOV, WebM, MKV or AVI video, or a PNG, JPEG or WebP picture"
 
 _Pixels = NDArray[np.uint8]
 _Timed = tuple[int, VideoFrame]  # (when it is shown, in ticks of its stream's clock; the picture)
 
 
 def read_reference(path: Path, param: str = "input_reference") -> "_Pixels | Footage":
-    """Read what is to talk: a picture, by `read_picture`, or a video. The content decides; errors are as of these."""
+    """Read what is to talk: a picture, by `read_picture`, or a video. The content decides; errors as theirs."""
     with open_file(path, param) as file:
         is_picture = looks_like(file).endswith("picture")
     return read_picture(path, param) if is_picture else Footage(path, param)
@@ -63,7 +64,7 @@ class Footage(Sequence[_Pixels]):
 
     `footage[i]` is what a player shows i/25 s after the first picture; past the end it is the last one. A picture is
     decoded when it is asked for, so forwards is fast, and memory is that of a few pictures however long the video is.
-    A context manager; without one, `close` it.
+    A context manager; without one, `close` it when done.
     """
 
     _shown: _Timed
@@ -76,10 +77,12 @@ class Footage(Sequence[_Pixels]):
         under 16 pixels and for more than 50 megapixels (judged from the header, before decoding).
         """
         self._path, self._param = path, param
-        self._file = open_file(path, param)
-        try:
-            self._container, self._stream = _open_video(self._file, path, param)
-            self._tick = self._stream.time_base or Fraction(1)  # s
+        with contextlib.ExitStack() as failed:
+            self._file = failed.enter_context(open_file(path, param))
+            self._container = _open_video(self._file, path, param)
+            failed.callback(self.close)
+            self._stream = _first_stream(self._container, path, param)
+            self._tick = cast(Fraction, self._stream.time_base)  # s
             # AVI stores no times of display: FFmpeg makes them up, and wrong ones where pictures are reordered.
             self._by_decoding_times = self._container.format.name == "avi"
             start, end = self._measure()
@@ -91,9 +94,7 @@ class Footage(Sequence[_Pixels]):
             self.height, self.width = self._upright(first).shape[:2]
             seconds = (end - (start if self._by_decoding_times else self._origin)) * self._tick
             self._length = max(1, math.ceil((seconds - LATE) * FRAMES_PER_SECOND))
-        except BaseException:
-            self._file.close()
-            raise
+            failed.pop_all()
 
     def __len__(self) -> int:
         return self._length
@@ -102,6 +103,15 @@ class Footage(Sequence[_Pixels]):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> _Pixels:  # type: ignore[override]  # no slices: they would not fit in memory
+        return self._upright(self._picture_at(index))
+
+    def thumbnail(self, index: int) -> _Pixels:
+        """The picture as it is stored, at most 256 pixels wide and high: far cheaper, and enough to compare."""
+        shrink = max(1, max(self._size) / THUMBNAIL)
+        width, height = (max(1, round(side / shrink)) for side in self._size)
+        return _pixels(self._picture_at(index), "rgb24", width, height)
+
+    def _picture_at(self, index: int) -> VideoFrame:
         if index < 0:
             raise IndexError(f"footage begins at picture 0; there is no {index}")
         seconds = Fraction(min(index, self._length - 1), FRAMES_PER_SECOND) + LATE
@@ -110,7 +120,7 @@ class Footage(Sequence[_Pixels]):
             self._go_before(time)
         while self._next and self._next[0] <= time:
             self._shown, self._next = self._next, next(self._pictures, None)
-        return self._upright(self._shown[1])
+        return self._shown[1]
 
     def _measure(self) -> tuple[int, int]:
         """When the first picture begins and the last one ends, in ticks, as far as the file can be read."""
@@ -132,9 +142,10 @@ class Footage(Sequence[_Pixels]):
 
     def _restart(self) -> None:
         self._container.close()
-        self._container, self._stream = _open_video(self._file, self._path, self._param)
+        self._container = _open_video(self._file, self._path, self._param)
+        self._stream = _first_stream(self._container, self._path, self._param)
         if not self._begin(self._decode()):
-            problem = "holds no picture that can be decoded; export it again as MP4 with H.264"
+            problem = "holds no picture that can be decoded and has its time; export it again as MP4 with H.264"
             raise refused(self._path, self._param, problem, "damaged_file")
 
     def _begin(self, pictures: Iterator[_Timed]) -> bool:
@@ -146,7 +157,7 @@ class Footage(Sequence[_Pixels]):
         return True
 
     def _go_before(self, time: int) -> None:
-        """Go to a picture from which on all can be decoded, and which is not after `time`."""
+        """Go to a picture from which on all can be decoded, and which is not after `time`: if need be, to the first."""
         target = time - math.floor(SEEK_BEFORE / self._tick)
         if target > self._origin:
             with contextlib.suppress(av.FFmpegError):
@@ -160,22 +171,22 @@ class Footage(Sequence[_Pixels]):
     def _decode(self) -> Iterator[_Timed]:
         """All pictures in the order they are shown; damaged packets are left out."""
         time = None
-        for picture in _decoded(self._container, self._stream):
-            stamp = picture.dts if self._by_decoding_times else picture.pts
-            if stamp is not None:
-                time = stamp
-            elif time is not None:  # the last ones of an AVI
-                time += picture.duration
-            if time is not None:
-                yield time, picture
+        for packet in packets(self._container, self._stream):
+            with contextlib.suppress(av.FFmpegError):
+                for picture in packet.decode():
+                    stamp = picture.dts if self._by_decoding_times else picture.pts
+                    if stamp is not None:
+                        time = stamp
+                    elif time is not None:
+                        time += picture.duration
+                    if time is not None:
+                        yield time, picture
 
     def _upright(self, picture: VideoFrame) -> _Pixels:
-        width, height = self._size
         if any(component.is_alpha for component in picture.format.components):
-            layers = picture.to_ndarray(format="rgba", width=width, height=height)
-            pixels = np.array(over_white(Image.fromarray(layers)))
+            pixels = np.array(over_white(Image.fromarray(_pixels(picture, "rgba", *self._size))))
         else:
-            pixels = picture.to_ndarray(format="rgb24", width=width, height=height)
+            pixels = _pixels(picture, "rgb24", *self._size)
         return _turned(pixels, self._matrix)
 
     def close(self) -> None:
@@ -189,16 +200,18 @@ class Footage(Sequence[_Pixels]):
         self.close()
 
 
-def _open_video(file: FileIO, path: Path, param: str) -> tuple[InputContainer, VideoStream]:
-    remedy = "send an MP4, MOV, WebM, MKV or AVI video, or a PNG, JPEG or WebP picture"
+def _open_video(file: FileIO, path: Path, param: str) -> InputContainer:
     try:
-        container = open_container(file)
+        return open_container(file)
     except av.FFmpegError as error:
-        problem = f"looks like {looks_like(file)}, and no video can be read from it"
-        raise refused(path, param, f"{problem}; {remedy}") from error
+        problem = f"looks like {looks_like(file)}, and no video can be read from it; {REMEDY}"
+        raise refused(path, param, problem) from error
+
+
+def _first_stream(container: InputContainer, path: Path, param: str) -> VideoStream:
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
-        raise refused(path, param, f"has no pictures, or only a cover; {remedy}", "no_video")
+        raise refused(path, param, f"has no pictures, or only a cover; {REMEDY}", "no_video")
     stream = streams[0]
     if stream.codec_context is None:
         raise refused(path, param, "is in a codec that is unknown here; export it again as MP4 with H.264")
@@ -208,15 +221,12 @@ def _open_video(file: FileIO, path: Path, param: str) -> tuple[InputContainer, V
         raise refused(path, param, problem, "too_large")
     check_size(size, path, param)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes that change on the way
-    return container, stream
+    return stream
 
 
-def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for packet in packets(container, stream):
-        with contextlib.suppress(av.FFmpegError):
-            yield from packet.decode()
-    with contextlib.suppress(av.FFmpegError):  # where the file breaks off, the decoder still holds the last pictures
-        yield from stream.decode(None)
+def _pixels(picture: VideoFrame, pixel_format: str, width: int, height: int) -> _Pixels:
+    # One thread: FFmpeg 8's scaler with several does not always repeat itself.
+    return np.asarray(picture.to_ndarray(format=pixel_format, width=width, height=height, threads=1), np.uint8)
 
 
 def _with_square_pixels(picture: VideoFrame, pixel_aspect: Fraction | None) -> tuple[int, int]:
@@ -250,13 +260,9 @@ def scene_starts(footage: Footage, frames: int) -> list[int]:
     camera count. No scene is shorter than a second.
     """
     detector = AdaptiveDetector(min_scene_len=SHORTEST_SCENE)
-    shrink = max(1, max(footage.height, footage.width) / SCENE_SIDE)
-    size = max(1, round(footage.width / shrink)), max(1, round(footage.height / shrink))
     starts = [0]
     for index in range(min(frames, len(footage))):
-        small = cv2.resize(footage[index], size, interpolation=cv2.INTER_AREA)
-        cuts = detector.process_frame(
-            FrameTimecode(index, float(FRAMES_PER_SECOND)), cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
-        )
+        bgr = np.ascontiguousarray(footage.thumbnail(index)[..., ::-1])
+        cuts = detector.process_frame(FrameTimecode(index, float(FRAMES_PER_SECOND)), bgr)
         starts += [cut.frame_num for cut in cuts]
     return starts
