@@ -14,6 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export BENTOML_HOME = $(CURDIR)/.avatar
 export AVATAR_HOME = $(CURDIR)/.avatar
 export BENTOML_DO_NOT_TRACK = 1
+# They listen on 127.0.0.1 only, so whoever is here may use them.
+export AVATAR_AUTH ?= off
 
 .PHONY: demo serve test lint format bench lock clean
 

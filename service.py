@@ -1,6 +1,6 @@
 """The Bento: AvatarRunner holds the pipeline and works through the jobs, AvatarApi takes requests and answers them.
 
-    bentoml serve --host 127.0.0.1      (there is no authentication yet)
+    bentoml serve
 
 They share a database and a folder, and no call of any length: either may be killed at any moment, and nothing is lost.
 """
@@ -8,7 +8,6 @@ They share a database and a folder, and no call of any length: either may be kil
 import asyncio
 import json
 import logging
-import secrets
 import shutil
 import threading
 import time
@@ -23,12 +22,17 @@ from bentoml.validators import ContentType, FileSchema
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator
 
+from avatar_api.auth import Authenticated, client_of
+from avatar_api.housekeeping import Housekeeper
 from avatar_api.http import OneErrorShape, adapt_forms, create_app, error_response
-from avatar_api.inputs import Source, lay_down
+from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, FINISHED, Job, JobStore, runner_name
-from avatar_api.requests import DEFAULTS, VideoRequest
+from avatar_api.requests import DEFAULTS
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
+from avatar_api.storage import open_storage
+from avatar_api.videos import REFUSABLE, Videos, create_router, describe, refuse
+from avatar_api.webhooks import Webhooks
 from infinitetalk.errors import CheckpointError, InputError, RankError
 
 logger = logging.getLogger("avatar_api")
@@ -93,7 +97,7 @@ class AvatarRunner:
         store = JobStore(settings.database)
         owner = runner_name(settings.home, str(pipeline.device))
         self.ready = True
-        work(store, pipeline, settings, owner, self._shutdown)
+        work(store, pipeline, open_storage(settings), owner, self._shutdown)
 
     def __is_ready__(self) -> bool:
         return self.ready
@@ -112,13 +116,17 @@ class AvatarRunner:
         self._thread.join()
 
 
+def _api() -> "AvatarApi":
+    return bentoml.get_current_service()
+
+
 async def _ready() -> bool:
-    runner: Any = bentoml.get_current_service().runner
+    runner: Any = _api().runner
     return bool(await runner.to_async.loaded())
 
 
 @bentoml.service(name="avatar_api", traffic={"timeout": LONGEST_CALL})
-@bentoml.asgi_app(create_app(_ready), path="/")
+@bentoml.asgi_app(create_app(_ready, [create_router(_api)], REFUSABLE, refuse), path="/")
 class AvatarApi:
     """What callers talk to."""
 
@@ -127,7 +135,21 @@ class AvatarApi:
     def __init__(self) -> None:
         self.settings = ServiceSettings()
         self.settings.home.mkdir(parents=True, exist_ok=True)
+        self.storage = open_storage(self.settings)
+        self.storage.check()
         self.store = JobStore(self.settings.database)
+        self._webhooks = Webhooks(self.store, self.settings, self._describe)
+        self._webhooks.start()
+        self._housekeeper = Housekeeper(self.store, self.storage, self.settings)
+        self._housekeeper.start()
+
+    def _describe(self, job: Job) -> dict[str, Any]:
+        return describe(job, self.settings.keep_days, None).model_dump()
+
+    @bentoml.on_shutdown
+    def stop(self) -> None:
+        self._housekeeper.stop()
+        self._webhooks.stop()
 
     @bentoml.api
     async def generate(
@@ -165,12 +187,13 @@ class AvatarApi:
             "speakers": speakers,
             "scene_cuts": scene_cuts,
         }
-        files = {"image": image, "audio": audio, "audio_2": audio_2}
+        sent = {"image": image, "audio": audio, "audio_2": audio_2}
+        files: dict[str, Source] = {name: partial(shutil.copyfile, file) for name, file in sent.items() if file}
+        videos = Videos(self, client_of(ctx.request))
         try:
-            request = VideoRequest.judge(values)
-            job = await asyncio.to_thread(self._submit, request, files)
-        except InputError as error:
-            return _refused(ctx, error_response(400, str(error), error.code, error.param))
+            job = await asyncio.to_thread(videos.create, values, files, None, "image")
+        except REFUSABLE as error:
+            return _refused(ctx, refuse(error))
         while job.state not in FINISHED:
             if await ctx.request.is_disconnected():
                 logger.info("job %s: the caller went away", job.id)
@@ -180,19 +203,13 @@ class AvatarApi:
             job = await asyncio.to_thread(self.store.get, job.id)
         if job.state != COMPLETED or job.result is None:
             return _refused(ctx, _failed(job))
-        return self.settings.job_folder(job.id) / str(job.result["video"])
-
-    def _submit(self, request: VideoRequest, files: dict[str, Path | None]) -> Job:
-        """Lay the files into a folder of the job's own, judge them, and queue the job."""
-        job_id = f"video_{secrets.token_hex(12)}"
-        sources: dict[str, Source] = {
-            name: partial(shutil.copyfile, file) for name, file in files.items() if file is not None
-        }
-        folder = self.settings.job_folder(job_id)
-        return self.store.submit(lay_down(request, sources, folder, self.settings.max_seconds, "image"), job_id=job_id)
+        video = str(job.result["video"])
+        await asyncio.to_thread(self.storage.obtain, job.id, video)
+        return self.storage.folder(job.id) / video
 
 
 adapt_forms(ServiceSettings().max_upload_bytes)
+AvatarApi.add_asgi_middleware(Authenticated)  # type: ignore[attr-defined]
 AvatarApi.add_asgi_middleware(OneErrorShape, max_upload_bytes=ServiceSettings().max_upload_bytes)  # type: ignore[attr-defined]
 
 

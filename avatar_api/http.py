@@ -4,14 +4,15 @@ An error is always `{"error": {"type", "code", "message", "param"}}`; BentoML's 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partialmethod
 from http import HTTPStatus
 from typing import Any
 
 from _bentoml_impl.serde import MultipartSerde
 from bentoml.exceptions import InvalidArgument
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -24,17 +25,39 @@ def error_response(status: int, message: str, code: str, param: str | None = Non
     return JSONResponse(body, status_code=status)
 
 
-def create_app(ready: Callable[[], Any]) -> FastAPI:
-    """`ready`: an async function that says whether the models are loaded."""
-    app = FastAPI(title="Avatar API", docs_url=None, redoc_url=None, openapi_url=None)
+def create_app(
+    ready: Callable[[], Any],
+    routers: Sequence[APIRouter],
+    refusable: Sequence[type[Exception]],
+    refuse: Callable[[Exception], JSONResponse],
+) -> FastAPI:
+    """ready: an async function that says whether the models are loaded; refuse: the answer to an error of a refusable
+    type."""
+    app = FastAPI(title="Avatar API", version="1", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    for router in routers:
+        app.include_router(router)
 
-    @app.get("/ping")
+    @app.get("/ping", tags=["health"], status_code=200, responses={204: {"description": "The models are loading."}})
     async def ping() -> Response:
         """204 while the models are loading, 200 when they are ready: what load balancers on RunPod expect."""
         return Response(status_code=HTTPStatus.OK if await ready() else HTTPStatus.NO_CONTENT)
 
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = str(first["loc"][-1])
+        said = first["msg"][0].lower() + first["msg"][1:]
+        message = f"{param} is {str(first.get('input'))[:60]!r}; {said.replace('input should', 'it should')}."
+        return error_response(422, message, "invalid_value", param)
+
+    for kind in refusable:
+
+        @app.exception_handler(kind)
+        async def refused(request: Request, error: Exception) -> JSONResponse:
+            return refuse(error)
+
     @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
         status = HTTPStatus(error.status_code)
         return error_response(status, f"{request.method} {request.url.path}: {status.phrase}.", status.name.lower())
 
@@ -82,6 +105,8 @@ class OneErrorShape:
 
         async def reshaped(message: Message) -> None:
             nonlocal started, body
+            if received > self.max_upload_bytes:  # whatever the app makes of that: we answer below
+                return
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 started = message
             elif started is None:

@@ -58,6 +58,7 @@ FINISHED: tuple[State, ...] = (COMPLETED, FAILED, CANCELLED)
 
 OUTAGES = (OperationalError, InterfaceError, InternalError)  # stopped, restarting, read-only, locked, out of disk
 POLL_SECONDS = {"sqlite": 0.25, "postgresql": 1.0}
+PAGE = 500  # jobs read at a time
 SQLITE_WAIT = 10  # seconds for another process to finish its write
 STALLED_EXIT = 70  # exit status, EX_SOFTWARE
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -318,6 +319,19 @@ class JobStore:
                 (seq,) = _row(connection, after, [jobs.c.seq])
                 query = query.where(jobs.c.seq < seq if order == "desc" else jobs.c.seq > seq)
             return [Job(*row) for row in connection.execute(query)]
+
+    def all(self) -> Iterator[Job]:
+        """Every job, the oldest first, a few hundred at a time; jobs may come and go meanwhile."""
+        last = 0
+        while True:
+            query = sa.select(jobs.c.seq, *_JOB).where(jobs.c.seq > last).order_by(jobs.c.seq).limit(PAGE)
+            with self._engine.connect() as connection:
+                rows = connection.execute(query).all()
+            for seq, *values in rows:
+                last = seq
+                yield Job(*values)
+            if len(rows) < PAGE:
+                return
 
     def position(self, job_id: str) -> int | None:
         """How many queued jobs go before this one; None for one that is not queued. Raises JobNotFoundError."""

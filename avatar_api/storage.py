@@ -184,6 +184,7 @@ class S3Storage(Storage):
             self._client.list_objects_v2(Bucket=self._bucket, Prefix=probe)
             if self._settings.s3_endpoint_url is None:  # Amazon refuses links that are signed for another region
                 self._open(self._client.head_bucket(Bucket=self._bucket)["BucketRegion"])
+            self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=probe)
             self._client.put_object(Bucket=self._bucket, Key=probe, Body=b"")
             self._client.get_object(Bucket=self._bucket, Key=probe)
             self._client.delete_object(Bucket=self._bucket, Key=probe)

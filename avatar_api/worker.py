@@ -6,17 +6,18 @@ clip, and its video equals an undisturbed one.
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avatar_api.inputs import pick_up
+from avatar_api.inputs import Inputs, pick_up
 from avatar_api.jobs import OUTAGES, Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
 from avatar_api.media import VideoWriter
+from avatar_api.progress import ENCODING, PREPARING, UPLOADING, Progress
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
+from avatar_api.storage import Storage, StorageError
 from infinitetalk.errors import InputError
 from infinitetalk.parallel import Followers, device_of
 from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Speaker, Step
@@ -51,9 +52,7 @@ def load(wan: Path, infinitetalk: Path, wav2vec2: Path, settings: ServiceSetting
     return pipeline
 
 
-def work(
-    store: JobStore, pipeline: InfiniteTalkPipeline, settings: ServiceSettings, owner: str, shutdown: Shutdown
-) -> None:
+def work(store: JobStore, pipeline: InfiniteTalkPipeline, storage: Storage, owner: str, shutdown: Shutdown) -> None:
     """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any."""
     store.reclaim(owner)
     while not shutdown.asked:
@@ -68,17 +67,17 @@ def work(
             continue
         with claim:
             try:
-                run(claim, pipeline, settings.job_folder(claim.job.id), shutdown)
+                run(claim, pipeline, storage, shutdown)
             except LeaseLost as reason:
                 logger.warning("job %s: dropped: %s", claim.job.id, reason)
 
 
-def run(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdown: Shutdown) -> None:
+def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown) -> None:
     """One job, to whatever end it comes. Raises LeaseLost if that is another runner's to write."""
     job = claim.job.id
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
     try:
-        result = _generate(claim, pipeline, folder, shutdown)
+        result = _generate(claim, pipeline, storage, shutdown)
         claim.complete(result)
     except LeaseLost:
         raise
@@ -97,8 +96,11 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdown: Sh
         logger.info("job %s: is now %s", job, state)
     else:
         logger.info("job %s: completed", job)
-        for piece in folder.glob("clip-*"):  # they are in the video now
-            piece.unlink(missing_ok=True)
+        try:
+            for made in ("clip-", "so-far-"):  # they are in the video now
+                storage.discard(job, made)
+        except StorageError as error:  # they go with the job, when that is deleted
+            logger.warning("job %s: what it does not need any more stays: %s", job, error)
 
 
 def error_object(error: Exception) -> dict[str, Any]:
@@ -111,30 +113,29 @@ def error_object(error: Exception) -> dict[str, Any]:
     return {"type": "server_error", "code": "generation_failed", "message": message, "param": None}
 
 
-def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdown: Shutdown) -> dict[str, Any]:
-    inputs = pick_up(claim.job.spec, folder)
-    request = inputs.request
+def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown) -> dict[str, Any]:
+    claim.report({"stage": PREPARING})
+    job, folder = claim.job.id, storage.folder(claim.job.id)
+    storage.obtain(job, *claim.job.spec["files"], *_needed(claim.clips))
+    with pick_up(claim.job.spec, folder) as inputs:
+        return _make(inputs, claim, pipeline, storage, shutdown)
+
+
+def _make(
+    inputs: Inputs, claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown
+) -> dict[str, Any]:
+    request, folder = inputs.request, storage.folder(claim.job.id)
     segments = [folder / clip.result["segment"] for clip in claim.clips]
     state = _last_state(claim.clips, folder)
 
     if not segments or state is not None:  # else the runner before us finished the last clip, and no more
-        claim.report({"stage": "preparing"})
+        progress = Progress()
 
         def on_step(step: Step) -> None:
             claim.check()
             if shutdown.overdue:
                 raise Stopping
-            done = step.clip * step.steps + step.step + 1
-            claim.report(
-                {
-                    "stage": "generating",
-                    "clip": step.clip + 1,
-                    "clips": step.clips,
-                    "step": step.step + 1,
-                    "steps": step.steps,
-                    "percent": round(100 * done / (step.clips * step.steps), 1),
-                }
-            )
+            claim.report(progress.step(step.clip, step.clips, step.step, step.steps))
 
         voices = inputs.read_voices()
         boxes = request.speakers.boxes or [None] * len(voices)
@@ -148,17 +149,19 @@ def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, folder: Path, shutdo
             resume_from=state,
         )
         for clip in clips:
-            segments.append(_keep(clip, claim, folder))
+            segments.append(_keep(clip, claim, storage))
             if shutdown.asked and clip.state is not None:
                 raise Stopping
 
-    claim.report({"stage": "encoding", "percent": 100.0})
+    claim.report({"stage": ENCODING, "percent": 100.0})
     claim.check()
     video = folder / f"video.{claim.epoch}.mp4"
     height, width = inputs.size
     with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
         for segment in segments:
             writer.append(segment)
+    claim.report({"stage": UPLOADING, "percent": 100.0})
+    storage.publish(claim.job.id, video.name, on_bytes=lambda _: claim.check())
     frames = writer.frames
     return {"video": video.name, "frames": frames, "seconds": frames / FRAMES_PER_SECOND}
 
@@ -169,23 +172,24 @@ def _last_state(clips: Sequence[FinishedClip], folder: Path) -> ClipState | None
     return ClipState.load(folder / clips[-1].result["state"])
 
 
-def _keep(clip: Clip, claim: Claim, folder: Path) -> Path:
+def _needed(clips: Sequence[FinishedClip]) -> list[str]:
+    """The files of the finished clips that the job goes on from."""
+    state = [clips[-1].result["state"]] if clips and clips[-1].result["state"] else []
+    return [clip.result["segment"] for clip in clips] + state
+
+
+def _keep(clip: Clip, claim: Claim, storage: Storage) -> Path:
     """Write a clip's segment and state, then record both: from here on it never runs again."""
     name = f"clip-{clip.index:05d}.{claim.epoch}"  # the epoch: a runner given up for dead may be writing the same clip
+    folder = storage.folder(claim.job.id)
     segment, state = folder / f"{name}.mp4", folder / f"{name}.safetensors"
     frames = clip.frames
     with VideoWriter(segment, frames.shape[2], frames.shape[1], sound=None) as writer:
         writer.write(frames)
     if clip.state is not None:
         clip.state.save(state)
-        _sync(state)
-    _sync(segment)
+    made = [segment.name] + ([state.name] if clip.state else [])
+    storage.publish(claim.job.id, *made, on_bytes=lambda _: claim.check())  # and only then may the database know
     recorded = {"segment": segment.name, "state": state.name if clip.state else None, "frames": len(frames)}
     claim.finish_clip(clip.index, recorded)
     return segment
-
-
-def _sync(file: Path) -> None:
-    """Wait until a file is on the disk: the database must not know of a clip that a power cut takes away."""
-    with file.open("rb") as written:
-        os.fsync(written.fileno())

@@ -93,6 +93,7 @@ def main() -> int:
     environment = {
         "BENTOML_HOME": str(home),
         "AVATAR_HOME": str(home),
+        "AVATAR_AUTH": "off",
         "BENTOML_CONFIG": str(Path("configuration.yaml").absolute()),
         "BENTOML_DO_NOT_TRACK": "1",
     }

@@ -1,5 +1,6 @@
 """`bentoml serve` as its users meet it: real server, real HTTP, real clients, and processes that are killed."""
 
+import base64
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ import av
 import bentoml
 import httpx
 import numpy as np
+import openai
 import psutil  # type: ignore[import-untyped]
 import pytest
 import soundfile
@@ -94,6 +96,7 @@ def server(bento_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "BENTOML_HOME": str(bento_home),
         "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
         "BENTOML_DO_NOT_TRACK": "1",
+        "AVATAR_AUTH": "off",
         "AVATAR_HOME": str(home),
     }
     command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
@@ -173,6 +176,25 @@ def test_a_video_is_dubbed_with_its_own_sound(server: Server, short_voice: Path,
         path = client.generate(image=film, size="64x64", steps=1, scene_cuts=True)
     with av.open(str(path)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 8
+
+
+def test_the_openai_client_makes_a_video_with_a_thumbnail(server: Server, short_voice: Path, tmp_path: Path) -> None:
+    voice = "data:audio/wav;base64," + base64.b64encode(short_voice.read_bytes()).decode()
+    with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
+        video = client.videos.create_and_poll(
+            prompt="A woman talks.",
+            input_reference=PICTURE,
+            extra_body={"audio": voice, "size": "64x64", "steps": 2},
+            poll_interval_ms=200,
+        )
+        assert (video.status, video.progress, video.seconds) == ("completed", 100, "0.4")
+        (tmp_path / "video.mp4").write_bytes(client.videos.download_content(video.id).read())
+        assert client.videos.download_content(video.id, variant="thumbnail").read()[:2] == b"\xff\xd8"
+        assert video.id in [listed.id for listed in client.videos.list(limit=5)]
+        assert client.videos.delete(video.id).deleted
+    assert not (server.home / "jobs" / video.id).exists()
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 10
 
 
 @pytest.mark.parametrize("path", ["/ping", "/livez", "/readyz", "/metrics"])

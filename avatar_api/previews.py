@@ -1,0 +1,54 @@
+"""What can be seen of a video before it is finished: the clips so far as one film, and a thumbnail."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+from PIL import Image
+
+from avatar_api.inputs import pick_up
+from avatar_api.jobs import FinishedClip, Job
+from avatar_api.media import VideoWriter
+from avatar_api.storage import Storage
+
+THUMBNAIL_SIDE = 512  # pixels, at most
+
+
+def so_far(job: Job, clips: Sequence[FinishedClip], storage: Storage) -> Path | None:
+    """A film of the clips that are finished, with their sound; None if there is none. Made once for each number."""
+    if not clips:
+        return None
+    folder = storage.folder(job.id)
+    film = folder / f"so-far-{len(clips)}.mp4"
+    if film.exists():
+        return film
+    segments = [str(clip.result["segment"]) for clip in clips]
+    storage.obtain(job.id, *segments, *job.spec["files"])
+    with pick_up(job.spec, folder) as inputs:
+        height, width = inputs.size
+        draft = film.with_name(f"{film.name}.{os.getpid()}-{id(clips)}")
+        with VideoWriter(draft, width, height, inputs.voice_files, inputs.request.speakers.order) as writer:
+            for segment in segments:
+                writer.append(folder / segment)
+    draft.replace(film)
+    return film
+
+
+def thumbnail(job: Job, clips: Sequence[FinishedClip], storage: Storage) -> Path | None:
+    """A JPEG of the first picture; None as long as there is none."""
+    folder = storage.folder(job.id)
+    picture = folder / "thumbnail.jpg"
+    if picture.exists():
+        return picture
+    source = job.result["video"] if job.result else clips[0].result["segment"] if clips else None
+    if source is None:
+        return None
+    storage.obtain(job.id, source)
+    with av.open(str(folder / source), options={"protocol_whitelist": "file", "format_whitelist": "mov"}) as film:
+        image: Image.Image = next(film.decode(video=0)).to_image()
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    draft = picture.with_name(f"{picture.name}.{os.getpid()}-{id(image)}")
+    image.save(draft, "JPEG", quality=85)
+    draft.replace(picture)
+    return picture

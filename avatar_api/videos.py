@@ -1,0 +1,477 @@
+"""`/v1/videos`: the OpenAI Videos API, and what it lacks for a voice and a long wait.
+
+A request is judged, its files are laid into the job's folder, and the job is queued: nothing here computes or waits.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from pydantic import BaseModel, Field
+from starlette.datastructures import FormData, UploadFile
+
+from avatar_api import outgoing, previews
+from avatar_api.auth import client_of
+from avatar_api.http import error_response
+from avatar_api.inputs import Source, lay_down
+from avatar_api.jobs import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    FINISHED,
+    IN_PROGRESS,
+    OUTAGES,
+    QUEUED,
+    IdempotencyError,
+    Job,
+    JobNotFinishedError,
+    JobNotFoundError,
+    JobStore,
+    QueueFullError,
+    QueueLimits,
+)
+from avatar_api.requests import VideoRequest
+from avatar_api.settings import ServiceSettings
+from avatar_api.storage import Storage, StorageError
+from infinitetalk.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+FILES = ("input_reference", "audio", "audio_2")
+MODEL = "infinitetalk"
+RETRY_SECONDS = 30  # what a caller is asked to wait for when the queue is full
+HEARTBEAT_SECONDS = 15.0  # of silence, after which an event stream says that it is alive
+FOLLOW_SECONDS = 0.25  # how often an event stream looks
+
+
+class Backend(Protocol):
+    """What the routes work on."""
+
+    settings: ServiceSettings
+    store: JobStore
+    storage: Storage
+
+
+class VideoError(BaseModel):
+    type: Literal["invalid_request_error", "server_error"]
+    code: str
+    message: Annotated[str, Field(description="What is wrong with which input, and what would be right.")]
+    param: str | None
+
+
+class Error(BaseModel):
+    """Every error has this shape."""
+
+    error: VideoError
+
+
+class Video(BaseModel):
+    """A video, made or in the making."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str = MODEL
+    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+    progress: Annotated[int, Field(ge=0, le=100, description="Per cent.")]
+    created_at: Annotated[int, Field(description="Seconds since 1970, UTC, as all times here.")]
+    started_at: int | None
+    completed_at: int | None
+    expires_at: Annotated[int | None, Field(description="When a finished video is deleted.")]
+    prompt: str
+    size: str
+    seconds: Annotated[str | None, Field(description="How long it is, once it is known.")]
+    seed: int
+    stage: Annotated[str | None, Field(description="queued, preparing, generating, encoding or uploading.")]
+    queue_position: Annotated[int | None, Field(description="How many videos go first.")]
+    clip: Annotated[int | None, Field(description="In the making, of `clips`.")]
+    clips: int | None
+    step: Annotated[int | None, Field(description="The last one done of the clip's `steps`.")]
+    steps: int | None
+    eta_seconds: Annotated[float | None, Field(description="How long it will still take, by its own steps so far.")]
+    error: VideoError | None
+    remixed_from_video_id: None = None
+
+
+class VideoPage(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(BaseModel):
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: bool = True
+
+
+@dataclass(frozen=True)
+class Videos:
+    """The routes' work, for one client."""
+
+    backend: Backend
+    client: str
+
+    def create(
+        self, values: dict[str, Any], files: Mapping[str, Source], key: str | None, reference: str = FILES[0]
+    ) -> Job:
+        """reference: what the caller calls the picture. Raises InputError, IdempotencyError, QueueFullError."""
+        settings, store = self.backend.settings, self.backend.store
+        request = VideoRequest.judge(values)
+        if request.webhook_url is not None:
+            outgoing.check_url(request.webhook_url, "webhook_url")
+        if request.max_seconds is not None and request.max_seconds > settings.max_seconds:
+            raise InputError(
+                "max_seconds", f"max_seconds is {request.max_seconds}; the limit here is {settings.max_seconds}."
+            )
+        job_id = f"video_{secrets.token_hex(12)}"
+        folder = self.backend.storage.folder(job_id)
+        spec = lay_down(request, files, folder, settings.max_seconds, reference)
+        try:
+            self.backend.storage.publish(job_id, *spec["files"])
+            job = store.submit(
+                spec,
+                key=key,
+                job_id=job_id,
+                client=self.client,
+                webhook_url=request.webhook_url,
+                limits=QueueLimits(settings.max_queued, settings.max_queued_per_key),
+            )
+        except BaseException:
+            self.backend.storage.delete(job_id)
+            raise
+        if job.id != job_id:  # the same request was here before
+            self.backend.storage.delete(job_id)
+        return job
+
+    def get(self, video_id: str) -> Job:
+        """Raises JobNotFoundError, also for a video of another client."""
+        job = self.backend.store.get(video_id)
+        if job.client != self.client:
+            raise JobNotFoundError(f"There is no job {video_id!r}.")
+        return job
+
+    def describe(self, job: Job) -> dict[str, Any]:
+        position = self.backend.store.position(job.id) if job.state == QUEUED else None
+        return describe(job, self.backend.settings.keep_days, position).model_dump()
+
+    def page(self, limit: int, after: str | None, order: Literal["asc", "desc"]) -> dict[str, Any]:
+        if after is not None:
+            self.get(after)
+        jobs = self.backend.store.page(limit + 1, after, order, self.client)
+        data = [describe(job, self.backend.settings.keep_days, None) for job in jobs[:limit]]
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return VideoPage(data=data, first_id=first, last_id=last, has_more=len(jobs) > limit).model_dump()
+
+    def delete(self, video_id: str) -> None:
+        self.get(video_id)
+        self.backend.store.delete(video_id)
+        self.backend.storage.delete(video_id)
+
+
+def describe(job: Job, keep_days: float, position: int | None) -> Video:
+    """A job as callers see it."""
+    request, told = job.spec["request"], job.progress or {}
+    running = job.state == IN_PROGRESS
+    done = 100 if job.state == COMPLETED else int(told.get("percent", 0))
+    length = (job.result or {}).get("seconds")
+    finished = None if job.finished_at is None else int(job.finished_at)
+    return Video(
+        id=job.id,
+        status=job.state,
+        progress=done,
+        created_at=int(job.created_at),
+        started_at=None if job.started_at is None else int(job.started_at),
+        completed_at=finished,
+        expires_at=None if finished is None else finished + round(keep_days * 24 * 3600),
+        prompt=request["prompt"],
+        size=request["size"],
+        seconds=None if length is None else f"{length:g}",
+        seed=request["seed"],
+        stage=QUEUED if job.state == QUEUED else told.get("stage", "preparing") if running else None,
+        queue_position=position,
+        clip=told.get("clip"),
+        clips=told.get("clips"),
+        step=told.get("step"),
+        steps=told.get("steps"),
+        eta_seconds=told.get("eta_seconds") if running else None,
+        error=VideoError(**job.error) if job.state == FAILED and job.error else None,
+    )
+
+
+def create_router(backend: Callable[[], Backend]) -> APIRouter:
+    """The routes; `backend` is asked at each request, since it is there later than they are."""
+
+    async def videos(request: Request) -> Videos:
+        return Videos(backend(), client_of(request))
+
+    api = Annotated[Videos, Depends(videos)]
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"model": Error} for status in (400, 401, 404, 409, 413, 422, 429, 503)
+    }
+    router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=refusals)
+
+    @router.post("", openapi_extra={"requestBody": _request_body()}, summary="Make a video")
+    async def create(
+        request: Request, api: api, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+    ) -> Video:
+        """Check the input, queue the video, answer at once. The same `Idempotency-Key` gives the same video."""
+        values, files, form = await _read(request, api.backend.settings)
+        try:
+            job = await asyncio.to_thread(api.create, values, files, idempotency_key)
+        finally:
+            if form is not None:
+                await form.close()
+        return Video(**await asyncio.to_thread(api.describe, job))
+
+    @router.get("", summary="List videos, newest first")
+    async def page(
+        api: api,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> VideoPage:
+        return VideoPage(**await asyncio.to_thread(api.page, limit, after, order))
+
+    @router.get("/{video_id}", summary="How a video is getting on")
+    async def retrieve(video_id: str, api: api) -> Video:
+        job = await asyncio.to_thread(api.get, video_id)
+        return Video(**await asyncio.to_thread(api.describe, job))
+
+    @router.get(
+        "/{video_id}/content",
+        summary="The video itself",
+        response_class=FileResponse,
+        responses={200: {"content": {"video/mp4": {}, "image/jpeg": {}}}, 302: {"description": "It lies in a bucket."}},
+    )
+    async def content(
+        video_id: str,
+        api: api,
+        variant: Literal["video", "thumbnail"] = "video",
+        partial: Annotated[bool, Query(description="Of a video in the making, the clips that are finished.")] = False,
+    ) -> Response:
+        job = await asyncio.to_thread(api.get, video_id)
+        return await asyncio.to_thread(_content, api.backend, job, variant, partial)
+
+    @router.get(
+        "/{video_id}/events",
+        summary="Follow a video (server-sent events)",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    async def events(
+        video_id: str, api: api, last_event_id: Annotated[str | None, Header(max_length=100)] = None
+    ) -> StreamingResponse:
+        """`progress` whenever it changes, `clip` for each finished clip, at last `completed`, `failed` or `cancelled`.
+
+        `Last-Event-ID` says which clips are known already.
+        """
+        await asyncio.to_thread(api.get, video_id)
+        stream = _events(api, video_id, _clips_seen(last_event_id))
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    @router.post("/{video_id}/cancel", summary="Stop making a video")
+    async def cancel(video_id: str, api: api) -> Video:
+        """Noticed within a denoising step; what is finished can still be had with `?partial=true`."""
+        await asyncio.to_thread(api.get, video_id)
+        job = await asyncio.to_thread(api.backend.store.cancel, video_id)
+        return Video(**await asyncio.to_thread(api.describe, job))
+
+    @router.delete("/{video_id}", summary="Delete a finished video and its files")
+    async def delete(video_id: str, api: api) -> DeletedVideo:
+        await asyncio.to_thread(api.delete, video_id)
+        return DeletedVideo(id=video_id)
+
+    return router
+
+
+REFUSABLE = (
+    InputError,
+    JobNotFoundError,
+    IdempotencyError,
+    JobNotFinishedError,
+    QueueFullError,
+    StorageError,
+    *OUTAGES,
+)
+
+
+def refuse(error: Exception) -> JSONResponse:
+    """The answer to one of these errors."""
+    if isinstance(error, InputError):
+        return error_response(413 if error.code == "too_large" else 400, str(error), error.code, error.param)
+    if isinstance(error, JobNotFoundError):
+        return error_response(404, str(error).replace("job", "video"), "not_found", "video_id")
+    if isinstance(error, IdempotencyError):
+        return error_response(409, str(error), "idempotency_conflict", "Idempotency-Key")
+    if isinstance(error, JobNotFinishedError):
+        return error_response(409, str(error).replace("Job", "Video"), "not_finished", "video_id")
+    if isinstance(error, QueueFullError):
+        answer = error_response(429, str(error), "queue_full")
+    else:
+        logger.error("%s: %s", type(error).__name__, error)
+        answer = error_response(503, "The database or the storage is away; try again in a minute.", "unavailable")
+    answer.headers["Retry-After"] = str(RETRY_SECONDS)
+    return answer
+
+
+async def _read(
+    request: Request, settings: ServiceSettings
+) -> tuple[dict[str, Any], dict[str, Source], FormData | None]:
+    """A request's values, where its files come from, and the form that holds them until it is closed."""
+    form = None
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        form = await request.form(max_files=len(FILES), max_fields=100)
+        fields: dict[str, Any] = dict(form)
+    else:
+        try:
+            fields = json.loads(await request.body() or b"{}")
+        except (ValueError, RecursionError) as error:
+            raise InputError("body", f"The body is not JSON ({error}); send JSON or multipart/form-data.") from None
+        if not isinstance(fields, dict):
+            raise InputError("body", 'The body is JSON, but not an object; send {"prompt": …, …}.')
+    files: dict[str, Source] = {}
+    for name in FILES:
+        given = fields.pop(name, None)
+        if isinstance(given, dict):  # OpenAI's JSON form
+            given = given.get("image_url")
+        if isinstance(given, UploadFile):
+            files[name] = partial(_save_upload, given)
+        elif isinstance(given, str) and given:
+            files[name] = partial(outgoing.save, given, param=name, settings=settings)
+        elif given not in (None, ""):
+            raise InputError(name, f"{name} is {type(given).__name__}; send a file, a URL or a data URI.")
+    for name, value in fields.items():
+        if isinstance(value, UploadFile):
+            raise InputError(name, f"{name} is a file; files are taken as {', '.join(FILES)}.", "unknown_parameter")
+    fields.pop("model", None)
+    if "seconds" in fields:  # OpenAI's name
+        fields.setdefault("max_seconds", fields.pop("seconds"))
+    return fields, files, form
+
+
+def _save_upload(upload: UploadFile, target: Path) -> None:
+    with target.open("wb") as file:
+        shutil.copyfileobj(upload.file, file, 2**20)
+
+
+def _content(backend: Backend, job: Job, variant: str, partly: bool) -> Response:
+    storage = backend.storage
+    if variant == "thumbnail":
+        thumbnail = previews.thumbnail(job, backend.store.clips(job.id), storage)
+        if thumbnail is None:
+            return error_response(409, f"Video {job.id!r} has no finished clip yet; try again later.", "not_ready")
+        return FileResponse(thumbnail, media_type="image/jpeg")
+    if job.state == COMPLETED and job.result is not None:
+        name = job.result["video"]
+        link = storage.link(job.id, name, f"{job.id}.mp4")
+        if link is not None:
+            return RedirectResponse(link, 302)
+        return FileResponse(storage.folder(job.id) / name, media_type="video/mp4", filename=f"{job.id}.mp4")
+    if not partly:
+        message = f"Video {job.id!r} is {job.state}; its content is there when it is completed."
+        if job.state in (QUEUED, IN_PROGRESS, CANCELLED):
+            message += " What is finished comes with ?partial=true."
+        return error_response(409, message, "not_ready")
+    film = previews.so_far(job, backend.store.clips(job.id), storage)
+    if film is None:
+        return error_response(409, f"Video {job.id!r} has no finished clip yet; try again later.", "not_ready")
+    return FileResponse(film, media_type="video/mp4", filename=f"{job.id}.mp4")
+
+
+async def _events(api: Videos, video_id: str, seen: int) -> AsyncIterator[str]:
+    """seen: how many clips the listener knows of."""
+    last: dict[str, Any] | None = None
+    spoken = time.monotonic()
+    while True:
+        try:
+            job = await asyncio.to_thread(api.get, video_id)
+        except JobNotFoundError:
+            yield _event("deleted", {"id": video_id}, seen)
+            return
+        for clip in await asyncio.to_thread(api.backend.store.clips, video_id, seen - 1):
+            seen = clip.index + 1
+            told = {"id": video_id, "clip": seen, "frames": clip.result["frames"], "finished_at": clip.finished_at}
+            yield _event("clip", told | {"content": f"/v1/videos/{video_id}/content?partial=true"}, seen)
+            spoken = time.monotonic()
+        video = await asyncio.to_thread(api.describe, job)
+        if job.state in FINISHED:
+            yield _event(job.state, video, seen)
+            return
+        if video != last:
+            yield _event("progress", video, seen)
+            last, spoken = video, time.monotonic()
+        elif time.monotonic() - spoken > HEARTBEAT_SECONDS:
+            yield ": still here\n\n"
+            spoken = time.monotonic()
+        await asyncio.sleep(FOLLOW_SECONDS)
+
+
+def _event(kind: str, data: Any, seen: int) -> str:
+    return f"id: {seen}\nevent: {kind}\ndata: {json.dumps(data)}\n\n"
+
+
+def _clips_seen(last_event_id: str | None) -> int:
+    return int(last_event_id) if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 10 else 0
+
+
+def _request_body() -> dict[str, Any]:
+    """The request in OpenAPI: the values of VideoRequest, and the files."""
+    schema = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    properties = {name: _inlined(definition, definitions) for name, definition in schema["properties"].items()} | {
+        "model": {"type": "string", "description": "For OpenAI's client; there is one model here."}
+    }
+    about = {
+        "input_reference": "The picture that talks, or the video to be dubbed",
+        "audio": "The voice; required for a picture, else the video's own sound",
+        "audio_2": "The voice of a second speaker",
+    }
+    texts = {
+        name: {"type": "string", "description": f"{text}: an http(s) URL or a data URI."}
+        for name, text in about.items()
+    }
+    uploads = {
+        name: {"type": "string", "format": "binary", "description": f"{text}; or a URL or data URI."}
+        for name, text in about.items()
+    }
+    example = {
+        "prompt": "A woman talks.",
+        "size": "480p",
+        "input_reference": "https://example.com/me.png",
+        "audio": "https://example.com/voice.mp3",
+    }
+    needed = ["input_reference"]
+    return {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": properties | uploads, "required": needed}
+            },
+            "application/json": {
+                "schema": {"type": "object", "properties": properties | texts, "required": needed},
+                "example": example,
+            },
+        },
+    }
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON schema without references."""
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+        return {name: _inlined(value, definitions) for name, value in schema.items()}
+    return [_inlined(value, definitions) for value in schema] if isinstance(schema, list) else schema
