@@ -157,7 +157,8 @@ class S3Server:
 @pytest.fixture(scope="session", name="s3_server")
 def s3_server_fixture() -> Iterator[S3Server]:
     environment = {**os.environ, "MOTO_IAM_LOAD_MANAGED_POLICIES": "false"}
-    with subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    command, pipe = [sys.executable, __file__], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         assert process.stdout is not None
         yield S3Server(process.stdout.readline().strip())
         process.kill()
@@ -192,7 +193,8 @@ def _serve() -> None:
     WSGIRequestHandler.protocol_version = "HTTP/1.1"
     server = make_server("127.0.0.1", 0, Gate(DomainDispatcherApplication(create_backend_app)), threaded=True)
     print(f"http://127.0.0.1:{server.port}", flush=True)
-    server.serve_forever()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()  # until the tests end, however they do
 
 
 if __name__ == "__main__":
