@@ -20,10 +20,12 @@ import soundfile
 import torch
 from torch import Tensor
 
+from avatar_api.inputs import lay_down
 from avatar_api.jobs import Job, JobSettings, JobStore
 from avatar_api.requests import VideoRequest
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
+from avatar_api.storage import open_storage
 from avatar_api.worker import load as load_for_runner
 from avatar_api.worker import run
 from infinitetalk.errors import InputError, RankError
@@ -243,29 +245,29 @@ class TestTheRunner:
     ) -> None:
         settings = ServiceSettings(home=tmp_path, device="cpu", gpus=2)
         store = JobStore(settings.database, JobSettings(backoff=0.01))
-        request = VideoRequest(prompt="A woman talks.", size="64x64", steps=2).model_dump()
+        request = VideoRequest(prompt="A woman talks.", size="64x64", steps=2)
+        portrait = REPOSITORY / "examples" / "portrait.png"
+        files = {"image": partial(shutil.copyfile, portrait), "audio": partial(shutil.copyfile, voice_file)}
 
-        def submit() -> Path:
-            job = store.submit({"request": request, "reference": "image", "voices": ["audio"]})
-            settings.job_folder(job.id).mkdir(parents=True)
-            shutil.copy(REPOSITORY / "examples" / "portrait.png", settings.job_folder(job.id) / "image")
-            shutil.copy(voice_file, settings.job_folder(job.id) / "audio")
-            return settings.job_folder(job.id)
+        def submit(job_id: str) -> Path:
+            folder = settings.job_folder(job_id)
+            store.submit(lay_down(request, files, folder, 60, "image"), job_id=job_id)
+            return folder
 
         def run_next(ranks: InfiniteTalkPipeline) -> Job:
             while (claim := store.claim("runner")) is None:
                 time.sleep(0.05)
             with claim:
-                run(claim, ranks, settings.job_folder(claim.job.id), Shutdown())
+                run(claim, ranks, open_storage(settings), Shutdown())
             return store.get(claim.job.id)
 
         def video_of(job: Job) -> bytes:
             assert job.result is not None, job.error
             return (settings.job_folder(job.id) / str(job.result["video"])).read_bytes()
 
-        submit()
+        submit("one")
         expected = video_of(run_next(pipeline))
-        folder = submit()
+        folder = submit("several")
         wan, infinitetalk = snapshots / "Wan2.1-I2V-14B-480P", snapshots / "InfiniteTalk"
         together = load_for_runner(wan, infinitetalk, snapshots / "chinese-wav2vec2-base", settings)
         forwards: list[object] = []
