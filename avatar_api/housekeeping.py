@@ -56,7 +56,7 @@ class Housekeeper:
             try:
                 self._store.get(folder)
             except JobNotFoundError:
-                self._storage.forget(folder)
+                self._storage.delete(folder)
 
     def _finished(self) -> Iterator[Job]:
         """The finished jobs, the oldest first."""
