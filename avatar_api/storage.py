@@ -28,13 +28,13 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectionError,
     CredentialRetrievalError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.exceptions import ConnectionError as NotConnectedError
 from botocore.parsers import ResponseParserError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
@@ -194,9 +194,8 @@ class S3Storage(Storage):
         self._transfer(self._upload, job_id, names, on_bytes)
 
     def obtain(self, job_id: str, *names: str, on_bytes: OnBytes | None = None) -> None:
-        folder = self.folder(job_id)
-        missing = [name for name in names if not (folder / _safe(name)).exists()]
-        self._transfer(self._download, job_id, missing, on_bytes)
+        self.folder(job_id)
+        self._transfer(self._download, job_id, names, on_bytes)
 
     def link(self, job_id: str, name: str, filename: str) -> str | None:
         key = self._key(job_id, name)
@@ -282,7 +281,7 @@ class S3Storage(Storage):
 
     def _download(self, job_id: str, name: str, transfer: "_Transfer") -> None:
         """Into `<name>.part`, which gets its name when it is whole. Who holds its lock downloads, others wait."""
-        file = self._folder(job_id) / name
+        file = self._folder(job_id) / _safe(name)
         part = file.with_name(f"{name}.part")
         while not file.exists():
             with part.open("ab") as content:
@@ -313,7 +312,7 @@ class S3Storage(Storage):
                             return False
                     break
                 except (HTTPClientError, IncompleteReadError):
-                    if not further:
+                    if not further or transfer.ended.is_set():
                         raise
         content.flush()
         if digest.hexdigest() != answer["Metadata"].get("sha256"):
@@ -382,7 +381,7 @@ def _explain(error: Exception) -> tuple[str, bool]:
         return REMEDIES.get(code, f"it refuses ({code})"), False
     if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError):
         return f"there are no credentials ({type(error).__name__}); set {CREDENTIALS}", False
-    if isinstance(error, ConnectionError | HTTPClientError | IncompleteReadError):
+    if isinstance(error, NotConnectedError | HTTPClientError | IncompleteReadError):
         return f"no answer ({type(error).__name__}); check AVATAR_S3_ENDPOINT_URL and the network", True
     if isinstance(error, ResponseParserError):
         return NO_SERVICE, False
