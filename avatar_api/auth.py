@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -93,14 +94,14 @@ def _own_key(file: Path) -> str:
     """The key in a file that only its owner may read; of several processes that find none, one makes it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     key = f"avatar_{secrets.token_urlsafe(32)}"
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as written:
+    descriptor, draft = tempfile.mkstemp(dir=file.parent)  # for its owner alone
+    with os.fdopen(descriptor, "w") as written:
         written.write(key + "\n")
     try:
         os.link(draft, file)
     except FileExistsError:
         return file.read_text().strip()
     finally:
-        draft.unlink()
+        Path(draft).unlink()
     print(f"Your API key, made at this first start and kept in {file}:\n\n    {key}\n", flush=True)
     return key
