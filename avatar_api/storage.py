@@ -45,7 +45,7 @@ PART_BYTES = 16 * 2**20  # a larger file is uploaded in such parts, each repeate
 CHUNK_BYTES = 2**20  # what is read of a download at a time
 FILES_AT_ONCE = 8
 PARTS_AT_ONCE = 4
-ATTEMPTS = 4  # of a request, 1, 2 and 4 s apart at most, and of a download that breaks off
+ATTEMPTS = 5  # of a request, within a second, or 15 if the bucket is overloaded; and of a download that breaks off
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 30  # after which an attempt is given up
 WATCH_SECONDS = 0.2  # how often a transfer's caller hears of it
 

@@ -122,6 +122,15 @@ def test_deleting_takes_one_job_with_all_its_files_and_no_other(storage: Storage
     assert read(storage, "audio", OTHER) == b"voice"
 
 
+def test_many_may_delete_the_same_job(storage: Storage) -> None:
+    for index in range(300):
+        write(storage, f"clip-{index}", b"")
+    with ThreadPoolExecutor() as pool:
+        for deleted in [pool.submit(storage.delete, JOB) for _ in range(4)]:
+            deleted.result()
+    assert storage.jobs() == []
+
+
 def test_the_clips_of_a_finished_video_are_discarded_everywhere(storage: Storage) -> None:
     for name in ("clip-00000.1.mp4", "clip-00000.1.safetensors", "video.1.mp4"):
         write(storage, name, b"content")
@@ -344,6 +353,12 @@ def test_a_link_downloads_for_a_while_and_for_anybody(machine: Machine, s3: S3Se
         s3.set(**mood)
         assert httpx.get(address).status_code == 403
     assert SECRET not in link
+
+
+def test_an_endpoint_needs_no_name_for_each_bucket(machine: Machine, bucket: str) -> None:
+    link = machine("here", s3_endpoint_url="http://storage.internal:9000").link(JOB, "video.3.mp4", "video.mp4")
+    assert link is not None
+    assert link.startswith(f"http://storage.internal:9000/{bucket}/avatar/{JOB}/video.3.mp4?")
 
 
 def test_deleting_ends_the_uploads_of_runners_that_were_killed(machine: Machine, s3: S3Server, bucket: str) -> None:
