@@ -137,7 +137,7 @@ class Storage:
             file.unlink(missing_ok=True)
 
     def delete(self, job_id: str) -> None:
-        """Delete all files of a job, everywhere; once or again. Raises StorageError, and then the folder remains."""
+        """Delete all files of a job, everywhere; once or again. Raises StorageError, and then there is a folder."""
         self._remove_folder(job_id)
 
     def forget(self, job_id: str) -> bool:
@@ -213,6 +213,7 @@ class S3Storage(Storage):
         super().discard(job_id, beginning)
 
     def delete(self, job_id: str) -> None:
+        self.folder(job_id)  # if the bucket does not answer, `jobs` shows what is left to delete
         self._delete_keys(self._key(job_id))
         super().delete(job_id)
 
