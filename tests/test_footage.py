@@ -1,6 +1,7 @@
 """A video of any make becomes its pictures at 25 per second, upright, or is refused; its cuts are found."""
 
 import math
+import os
 import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -69,6 +70,8 @@ def film(
             frame.pts, frame.time_base = number if times is None else times[number], clock
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if codec == "libsvtav1":  # as root it gives the process real-time priority, and then all others wait for this one
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
