@@ -88,8 +88,9 @@ class AvatarRunner:
             self.wav2vec2,
         ]  # stored models, once BentoML has resolved them
         wan, infinitetalk, wav2vec2 = (Path(model.path) for model in models)
+        load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
         try:
-            pipeline = load(wan, infinitetalk, wav2vec2, settings)
+            pipeline = load_models(settings.memory)
         except (CheckpointError, InputError, RankError) as error:
             logger.critical("The models cannot be loaded: %s", error)
             return
@@ -97,7 +98,7 @@ class AvatarRunner:
         store = JobStore(settings.database)
         owner = runner_name(settings.home, str(pipeline.device))
         self.ready = True
-        work(store, pipeline, open_storage(settings), owner, self._shutdown)
+        work(store, pipeline, open_storage(settings), owner, self._shutdown, load_models)
 
     def __is_ready__(self) -> bool:
         return self.ready

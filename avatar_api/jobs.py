@@ -491,8 +491,8 @@ class Claim:
     def __init__(self, store: JobStore, seq: int, epoch: int, job: Job, finished: tuple[FinishedClip, ...]) -> None:
         self.job = job
         """As it was when it was claimed."""
-        self.clips = finished
-        """The clips that runners before this one finished."""
+        self.clips = list(finished)
+        """The clips that are finished, by runners before this one and by this one."""
         self.epoch = epoch
         """Unlike any other claim's of this job: in file names, it keeps a runner given up for dead off our files."""
         self._store, self._settings, self._seq = store, store.settings, seq
@@ -500,6 +500,7 @@ class Claim:
         self._progress = job.progress
         self._halt: Exception | None = None
         self._checked = self._reached = time.monotonic()
+        self._reached_at = 0.0  # by the database's clock
         self._away = False
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat_until_ended, name=f"heart of {job.id}", daemon=True)
@@ -534,6 +535,7 @@ class Claim:
         row = {"job": self._seq, "index": index, "result": result, "finished_at": self._store._now}
         insert = self._store._insert(clips).values(row).on_conflict_do_nothing()  # said twice if the answer got lost
         self._insist((IN_PROGRESS,), {"lease_until": self._lease, "attempts": 1, "error": None}, insert)
+        self.clips.append(FinishedClip(index, result, self._reached_at))
 
     def complete(self, result: Json) -> None:
         self._insist((COMPLETED,), self._store._finished(COMPLETED) | {"result": result, "error": None})
@@ -605,7 +607,7 @@ class Claim:
         state, cancel_requested, now = row
         if self._away:
             logger.warning("job %s: the database is back after %.0f s", self.job.id, time.monotonic() - self._reached)
-        self._reached, self._away = time.monotonic(), False
+        self._reached, self._reached_at, self._away = time.monotonic(), now, False
         self._store._reached(now)
         if cancel_requested:
             self._halt = JobCancelled(f"Job {self.job.id} is to be cancelled.")

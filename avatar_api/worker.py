@@ -2,14 +2,17 @@
 
 A job's folder holds its inputs, and for each finished clip a segment of video and the state to go on from. A clip is
 recorded only when both are in place, so a job that loses its runner at any moment goes on after its last finished
-clip, and its video equals an undisturbed one.
+clip, and its video equals an undisturbed one. One that is too large for the GPU is tried once more with the next
+smaller memory preset.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from avatar_api.inputs import Inputs, pick_up
 from avatar_api.jobs import OUTAGES, Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
@@ -19,6 +22,7 @@ from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import Storage, StorageError
 from infinitetalk.errors import InputError
+from infinitetalk.memory import smaller
 from infinitetalk.parallel import Followers, device_of
 from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Speaker, Step
 from infinitetalk.timeline import FRAMES_PER_SECOND
@@ -27,17 +31,26 @@ logger = logging.getLogger(__name__)
 
 OUTAGE_WAIT = 2.0  # seconds between questions to a database that does not answer
 
+TOO_LARGE = {
+    "type": "server_error",
+    "code": "out_of_memory",
+    "message": "The GPU's memory is too small for a video of this size; ask for a smaller one.",
+    "param": "size",
+}
+
 
 class Stopping(Exception):  # noqa: N818 - no error: the process was asked to end
     """Raised at a denoising step when the runner has no time left to finish the clip."""
 
 
-def load(wan: Path, infinitetalk: Path, wav2vec2: Path, settings: ServiceSettings) -> InfiniteTalkPipeline:
-    """The pipeline from its snapshots, on as many GPUs as the settings say.
+def load(
+    wan: Path, infinitetalk: Path, wav2vec2: Path, settings: ServiceSettings, memory: str | None
+) -> InfiniteTalkPipeline:
+    """The pipeline from its snapshots, on as many GPUs as the settings say; memory: a preset, or None to go by the GPU.
 
     Raises CheckpointError, InputError for a GPU that is not there, RankError for trouble on another than the first.
     """
-    snapshots = partial(InfiniteTalkPipeline.from_snapshots, wan, infinitetalk, wav2vec2, memory=settings.memory)
+    snapshots = partial(InfiniteTalkPipeline.from_snapshots, wan, infinitetalk, wav2vec2, memory=memory)
     if settings.gpus == 1:
         return snapshots(settings.device)
     followers = Followers(snapshots, settings.gpus, settings.device)
@@ -52,8 +65,19 @@ def load(wan: Path, infinitetalk: Path, wav2vec2: Path, settings: ServiceSetting
     return pipeline
 
 
-def work(store: JobStore, pipeline: InfiniteTalkPipeline, storage: Storage, owner: str, shutdown: Shutdown) -> None:
-    """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any."""
+def work(
+    store: JobStore,
+    pipeline: InfiniteTalkPipeline,
+    storage: Storage,
+    owner: str,
+    shutdown: Shutdown,
+    load_again: Callable[[str], InfiniteTalkPipeline],
+) -> None:
+    """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any.
+
+    load_again: the same pipeline, with another memory preset.
+    """
+    usual = pipeline.preset
     store.reclaim(owner)
     while not shutdown.asked:
         try:
@@ -67,13 +91,26 @@ def work(store: JobStore, pipeline: InfiniteTalkPipeline, storage: Storage, owne
             continue
         with claim:
             try:
-                run(claim, pipeline, storage, shutdown)
+                fits = run(claim, pipeline, storage, shutdown)
+                if not fits and (less := smaller(usual)) is not None:
+                    logger.warning("job %s: too large for the GPU; once more with preset %s", claim.job.id, less.name)
+                    pipeline.close()
+                    pipeline = load_again(less.name)
+                    fits = run(claim, pipeline, storage, shutdown)
+                if not fits:
+                    claim.fail(TOO_LARGE, retry=False)
             except LeaseLost as reason:
                 logger.warning("job %s: dropped: %s", claim.job.id, reason)
+        if pipeline.preset is not usual:  # the next job may fit, and be exact where this one was decoded in tiles
+            pipeline.close()
+            pipeline = load_again(usual.name)
 
 
-def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown) -> None:
-    """One job, to whatever end it comes. Raises LeaseLost if that is another runner's to write."""
+def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown) -> bool:
+    """One job, to whatever end it comes. False: the GPU's memory is too small for it, and it has not ended yet.
+
+    Raises LeaseLost if the job is another runner's by now.
+    """
     job = claim.job.id
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
     try:
@@ -90,6 +127,9 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
     except InputError as error:
         claim.fail(error_object(error), retry=False)
         logger.info("job %s: refused: %s", job, error)
+    except torch.OutOfMemoryError as error:
+        logger.warning("job %s: %s", job, str(error))  # the error itself, if it is kept, keeps tensors on the GPU
+        return False
     except Exception as error:
         logger.exception("job %s: failed", job)
         state = claim.fail(error_object(error), retry=True)
@@ -101,6 +141,7 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
                 storage.discard(job, made)
         except StorageError as error:  # they go with the job, when that is deleted
             logger.warning("job %s: what it does not need any more stays: %s", job, error)
+    return True
 
 
 def error_object(error: Exception) -> dict[str, Any]:
@@ -125,10 +166,9 @@ def _make(
     inputs: Inputs, claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown
 ) -> dict[str, Any]:
     request, folder = inputs.request, storage.folder(claim.job.id)
-    segments = [folder / clip.result["segment"] for clip in claim.clips]
     state = _last_state(claim.clips, folder)
 
-    if not segments or state is not None:  # else the runner before us finished the last clip, and no more
+    if not claim.clips or state is not None:  # else the runner before us finished the last clip, and no more
         progress = Progress()
 
         def on_step(step: Step) -> None:
@@ -149,7 +189,7 @@ def _make(
             resume_from=state,
         )
         for clip in clips:
-            segments.append(_keep(clip, claim, storage))
+            _keep(clip, claim, storage)
             if shutdown.asked and clip.state is not None:
                 raise Stopping
 
@@ -158,8 +198,8 @@ def _make(
     video = folder / f"video.{claim.epoch}.mp4"
     height, width = inputs.size
     with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
-        for segment in segments:
-            writer.append(segment)
+        for finished in claim.clips:
+            writer.append(folder / finished.result["segment"])
     claim.report({"stage": UPLOADING, "percent": 100.0})
     storage.publish(claim.job.id, video.name, on_bytes=lambda _: claim.check())
     frames = writer.frames
@@ -178,7 +218,7 @@ def _needed(clips: Sequence[FinishedClip]) -> list[str]:
     return [clip.result["segment"] for clip in clips] + state
 
 
-def _keep(clip: Clip, claim: Claim, storage: Storage) -> Path:
+def _keep(clip: Clip, claim: Claim, storage: Storage) -> None:
     """Write a clip's segment and state, then record both: from here on it never runs again."""
     name = f"clip-{clip.index:05d}.{claim.epoch}"  # the epoch: a runner given up for dead may be writing the same clip
     folder = storage.folder(claim.job.id)
@@ -192,4 +232,3 @@ def _keep(clip: Clip, claim: Claim, storage: Storage) -> Path:
     storage.publish(claim.job.id, *made, on_bytes=lambda _: claim.check())  # and only then may the database know
     recorded = {"segment": segment.name, "state": state.name if clip.state else None, "frames": len(frames)}
     claim.finish_clip(clip.index, recorded)
-    return segment

@@ -84,6 +84,11 @@ def choose(total: int) -> Preset:
     return next((preset for preset in PRESETS.values() if preset.needs <= total), PRESETS["24gb"])
 
 
+def smaller(preset: Preset) -> Preset | None:
+    """The preset that takes the next less memory; None if none does."""
+    return next((other for other in PRESETS.values() if other.needs < preset.needs), None)
+
+
 def describe(preset: Preset, device: torch.device) -> str:
     """One line for the log: the preset, what it means, and the bytes."""
     if preset is IN_PLACE:

@@ -82,7 +82,7 @@ class Leader(Ranks):
             self._receive(rank, torch.device("cpu"), LONGEST_WAIT)
 
     def begin(self, model: Any, shares: Sequence[Share]) -> Callable[[Tensor, Tensor], list[Tensor]]:
-        """Raises RankError, as the function that it returns does."""
+        """Raises RankError, as the function that it returns does; and torch.OutOfMemoryError where a GPU is full."""
         others = range(1, len(shares))
         for rank in others:
             self._send(rank, shares[rank])
@@ -113,7 +113,8 @@ class Leader(Ranks):
         message = _unpacked(packed, device)
         if isinstance(message, _Failure):
             self.close()
-            raise RankError(f"rank {rank} of {self.size} failed: {message.reason}")
+            kind = torch.OutOfMemoryError if message.out_of_memory else RankError
+            raise kind(f"rank {rank} of {self.size} failed: {message.reason}")
         return message
 
     @contextmanager
@@ -226,6 +227,7 @@ class _Failure:
     """A follower's last words."""
 
     reason: str
+    out_of_memory: bool
 
 
 @contextmanager
@@ -233,7 +235,8 @@ def _last_words(device: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _send(_Failure(f"{type(error).__name__} on {device}: {error}"), 0, LONGEST_WAIT)
+        failure = _Failure(f"{type(error).__name__} on {device}: {error}", isinstance(error, torch.OutOfMemoryError))
+        _send(failure, 0, LONGEST_WAIT)
         with suppress(RuntimeError):  # rank 0 ends the group once it has read that; until then it may be sending
             while True:
                 _receive(0, LONGEST_WAIT)

@@ -4,6 +4,7 @@ Tensors in, tensors out. Every constant is the published model's (InfiniteTalk, 
 the same seed gives the same noise, and in float32 the same pixels.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -227,6 +228,14 @@ class InfiniteTalkPipeline:
             checkpoints.load_speech_encoder(wav2vec2, device),
             preset,
         )
+
+    def close(self) -> None:
+        """Free the models' memory, on the GPU and beside it, for whoever holds this. It cannot generate any more."""
+        self.ranks.close()
+        del self.transformer, self.vae, self.text_encoder, self.image_encoder, self.speech_encoder
+        gc.collect()  # a module and its hooks refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def generate(

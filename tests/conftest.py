@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-for name in [name for name in os.environ if name.startswith("AVATAR_") and not name.startswith("AVATAR_TEST_")]:
-    del os.environ[name]  # settings of whoever runs the tests, such as the Makefile's for the demo
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine OpenMP's threads wait for each other most of the time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads must not take the other tests' core
 
@@ -16,6 +14,13 @@ from infinitetalk.pipeline import InfiniteTalkPipeline
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDENS = REPOSITORY / "tests" / "goldens"
+
+
+def pytest_configure() -> None:
+    """Settings of whoever runs the tests, such as the Makefile's for the demo, are not the tests'."""
+    for name in list(os.environ):
+        if name.startswith("AVATAR_") and not name.startswith("AVATAR_TEST_"):
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

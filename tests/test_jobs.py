@@ -404,7 +404,7 @@ def test_a_restarted_runner_goes_on_with_its_own_job(store: JobStore) -> None:
 def test_callers_follow_a_job_to_its_end(store: JobStore) -> None:
     job = store.submit({})
     with take(store) as claim:
-        assert (claim.job.state, claim.job.owner, claim.clips) == ("in_progress", "runner", ())
+        assert (claim.job.state, claim.job.owner, claim.clips) == ("in_progress", "runner", [])
         assert store.get(job.id) == claim.job
         claim.report({"percent": 50})
         eventually(lambda: store.get(job.id).progress == {"percent": 50})

@@ -29,8 +29,9 @@ QUICK = JobSettings(lease=3, beat=0.2, poll=0.1)
 def serve(settings: ServiceSettings, snapshots: Path) -> None:
     """A machine with a GPU: the runner's process."""
     wan, infinitetalk = snapshots / "Wan2.1-I2V-14B-480P", snapshots / "InfiniteTalk"
-    pipeline = load(wan, infinitetalk, snapshots / "chinese-wav2vec2-base", settings)
-    work(JobStore(settings.database, QUICK), pipeline, open_storage(settings), settings.home.name, Shutdown())
+    load_models = partial(load, wan, infinitetalk, snapshots / "chinese-wav2vec2-base", settings)
+    store, storage = JobStore(settings.database, QUICK), open_storage(settings)
+    work(store, load_models(None), storage, settings.home.name, Shutdown(), load_models)
 
 
 def submit(store: JobStore, storage: Storage, job_id: str, voice: Path) -> None:

@@ -258,7 +258,7 @@ class TestTheRunner:
             while (claim := store.claim("runner")) is None:
                 time.sleep(0.05)
             with claim:
-                run(claim, ranks, open_storage(settings), Shutdown())
+                assert run(claim, ranks, open_storage(settings), Shutdown())
             return store.get(claim.job.id)
 
         def video_of(job: Job) -> bytes:
@@ -269,7 +269,7 @@ class TestTheRunner:
         expected = video_of(run_next(pipeline))
         folder = submit("several")
         wan, infinitetalk = snapshots / "Wan2.1-I2V-14B-480P", snapshots / "InfiniteTalk"
-        together = load_for_runner(wan, infinitetalk, snapshots / "chinese-wav2vec2-base", settings)
+        together = load_for_runner(wan, infinitetalk, snapshots / "chinese-wav2vec2-base", settings, None)
         forwards: list[object] = []
 
         def kill_in_the_second_clip(*_: object) -> None:
