@@ -51,7 +51,8 @@ class Housekeeper:
                 if total <= self._settings.keep_bytes:
                     break
                 total -= sizes.get(job.id, 0)
-                self._delete(job, f"the videos take more than {self._settings.keep_bytes} bytes")
+                if not self._storage.forget(job.id):  # with a bucket the folder is a cache
+                    self._delete(job, f"the videos take more than {self._settings.keep_bytes} bytes")
         for folder in self._storage.jobs(ORPHAN_SECONDS):
             try:
                 self._store.get(folder)

@@ -97,7 +97,7 @@ class JobSettings:
 
     lease: float = 30
     """A runner that has not renewed for so long has lost its job to the next one that asks."""
-    beat: float = 1
+    beat: float = 0.4
     """Between renewals; a cancel is noticed and progress is seen as late as this."""
     poll: float | None = None
     """Between a runner's questions for work; None: 0.25 on SQLite, 1 on PostgreSQL."""
@@ -495,7 +495,8 @@ class Claim:
         """The clips that are finished, by runners before this one and by this one."""
         self.epoch = epoch
         """Unlike any other claim's of this job: in file names, it keeps a runner given up for dead off our files."""
-        self._store, self._settings, self._seq = store, store.settings, seq
+        self.settings = store.settings
+        self._store, self._seq = store, seq
         self._attempts = job.attempts
         self._progress = job.progress
         self._halt: Exception | None = None
@@ -550,9 +551,9 @@ class Claim:
         retry: try again a little later, if there are attempts left since the last finished clip; not for a mistake of
         the caller's. Returns what the job is now: queued, failed, or cancelled, if that was asked for meanwhile.
         """
-        if not retry or self._attempts >= self._settings.attempts:
+        if not retry or self._attempts >= self.settings.attempts:
             return self._insist((FAILED,), self._store._finished(FAILED) | {"error": error})
-        wait = self._settings.backoff * 2 ** (self._attempts - 1)
+        wait = self.settings.backoff * 2 ** (self._attempts - 1)
         again = self._queued() | {"not_before": self._store._now + wait, "error": error}
         return self._insist((QUEUED, CANCELLED), again)
 
@@ -565,7 +566,7 @@ class Claim:
 
     @property
     def _lease(self) -> sa.ColumnElement[float]:
-        return self._store._now + self._settings.lease
+        return self._store._now + self.settings.lease
 
     def _queued(self) -> Json:
         """Back in the queue, unless it is to be cancelled."""
@@ -577,7 +578,7 @@ class Claim:
         """Write, however long the database is away: what is written here took minutes of a GPU."""
         while (state := self._write(states, values, insert)) is None:
             self._checked = time.monotonic()
-            time.sleep(self._settings.beat)
+            time.sleep(self.settings.beat)
         return state
 
     def _write(self, states: tuple[State, ...], values: Json, insert: sa.Insert | None = None) -> State | None:
@@ -596,7 +597,7 @@ class Claim:
                     connection.execute(insert)
         except OUTAGES as error:
             away = time.monotonic() - self._reached
-            if away > self._settings.outage:
+            if away > self.settings.outage:
                 raise LeaseLost(f"The database has been away for {away:.0f} s.") from error
             if not self._away:
                 logger.warning("job %s goes on while the database is away: %s", self.job.id, error.orig)
@@ -616,9 +617,9 @@ class Claim:
         return state
 
     def _beat_until_ended(self) -> None:
-        while not self._ended.wait(self._settings.beat):
+        while not self._ended.wait(self.settings.beat):
             silent = time.monotonic() - self._checked
-            if silent > self._settings.stall:
+            if silent > self.settings.stall:
                 logger.critical("job %s: no step for %.0f s, the GPU hangs; this process exits", self.job.id, silent)
                 os._exit(STALLED_EXIT)
             if self._halt is None or isinstance(self._halt, JobCancelled):

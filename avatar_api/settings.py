@@ -40,7 +40,10 @@ class ServiceSettings(BaseSettings):
     max_queued_per_key: int = Field(100, gt=0, description="The same, of one API key.")
     keep_days: float = Field(7, gt=0, description="A finished video and its files are deleted after so many days.")
     keep_bytes: int | None = Field(
-        None, gt=0, description="Delete the oldest finished videos while the home folder holds more than this."
+        None,
+        gt=0,
+        description="Delete the oldest finished videos while the home folder holds more than this; with a bucket, from "
+        "the home folder only.",
     )
 
     allowed_hosts: str = Field(

@@ -74,6 +74,8 @@ REMEDIES = {
 }
 AWAY = {429, 500, 502, 503, 504}
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 OnBytes = Callable[[int], object]
@@ -90,6 +92,11 @@ class StorageError(RuntimeError):
     def __init__(self, message: str, away: bool = False) -> None:
         super().__init__(message)
         self.away = away
+
+
+def may_pass(error: Exception) -> bool:
+    """Is it the bucket that is away, or the disk that is full? Then the same may work later."""
+    return error.away if isinstance(error, StorageError) else isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 def open_storage(settings: ServiceSettings) -> "Storage":

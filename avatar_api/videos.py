@@ -303,6 +303,7 @@ REFUSABLE = (
     JobNotFinishedError,
     QueueFullError,
     StorageError,
+    OSError,  # a full disk, above all
     *OUTAGES,
 )
 
@@ -320,8 +321,9 @@ def refuse(error: Exception) -> JSONResponse:
     if isinstance(error, QueueFullError):
         answer = error_response(429, str(error), "queue_full")
     else:
-        logger.error("%s: %s", type(error).__name__, error)
-        answer = error_response(503, "The database or the storage is away; try again in a minute.", "unavailable")
+        logger.error("%s: %s", type(error).__name__, error, exc_info=isinstance(error, OSError))
+        message = "The database or the storage is away, or its disk is full; try again in a minute."
+        answer = error_response(503, message, "unavailable")
     answer.headers["Retry-After"] = str(RETRY_SECONDS)
     return answer
 

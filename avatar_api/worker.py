@@ -7,7 +7,9 @@ smaller memory preset.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from avatar_api.media import VideoWriter
 from avatar_api.progress import ENCODING, PREPARING, UPLOADING, Progress
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
-from avatar_api.storage import Storage, StorageError
+from avatar_api.storage import Storage, StorageError, may_pass
 from infinitetalk.errors import InputError
 from infinitetalk.memory import smaller
 from infinitetalk.parallel import Followers, device_of
@@ -29,7 +31,7 @@ from infinitetalk.timeline import FRAMES_PER_SECOND
 
 logger = logging.getLogger(__name__)
 
-OUTAGE_WAIT = 2.0  # seconds between questions to a database that does not answer
+OUTAGE_WAIT = 2.0  # seconds between questions to a database or a bucket that is away, or to a disk that is full
 
 TOO_LARGE = {
     "type": "server_error",
@@ -114,7 +116,7 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
     job = claim.job.id
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
     try:
-        result = _generate(claim, pipeline, storage, shutdown)
+        result = _generate(_Run(claim, storage, shutdown), pipeline)
         claim.complete(result)
     except LeaseLost:
         raise
@@ -127,6 +129,9 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
     except InputError as error:
         claim.fail(error_object(error), retry=False)
         logger.info("job %s: refused: %s", job, error)
+    except FloatingPointError as error:  # the same again would come of the same
+        claim.fail(error_object(error), retry=False)
+        logger.error("job %s: failed: %s", job, error)
     except torch.OutOfMemoryError as error:
         logger.warning("job %s: %s", job, str(error))  # the error itself, if it is kept, keeps tensors on the GPU
         return False
@@ -148,33 +153,81 @@ def error_object(error: Exception) -> dict[str, Any]:
     """What callers are told of an error: their mistakes in full, ours by kind."""
     if isinstance(error, InputError):
         return {"type": "invalid_request_error", "code": error.code, "message": str(error), "param": error.param}
-    message = f"The video could not be generated ({type(error).__name__}); the server's log has the details."
+    code, message = "generation_failed", f"The video could not be generated ({type(error).__name__}); "
+    message += "the server's log has the details."
     if isinstance(error, FloatingPointError):
-        message = f"The model's output is not a number: {error}"
-    return {"type": "server_error", "code": "generation_failed", "message": message, "param": None}
+        code, message = "not_a_number", f"The model's output is not a number: {error} Try another seed or other inputs."
+    return {"type": "server_error", "code": code, "message": message, "param": None}
 
 
-def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Run:
+    """What a job is made with."""
+
+    claim: Claim
+    storage: Storage
+    shutdown: Shutdown
+
+    @property
+    def folder(self) -> Path:
+        return self.storage.folder(self.claim.job.id)
+
+    def check(self, *_: object) -> None:
+        """At every step, and several times a second of a transfer. Raises what is to end the run."""
+        self.claim.check()
+        if self.shutdown.overdue:
+            raise Stopping
+
+    def obtain(self, *names: str) -> None:
+        self._insist(lambda: self.storage.obtain(self.claim.job.id, *names, on_bytes=self.check))
+
+    def keep(self, write: Callable[[], object], *names: str) -> None:
+        """Write files into the folder and publish them. What is written took minutes of a GPU: it is not given up."""
+
+        def written_and_published() -> None:
+            write()
+            self.storage.publish(self.claim.job.id, *names, on_bytes=self.check)
+
+        self._insist(written_and_published)
+
+    def _insist(self, act: Callable[[], None]) -> None:
+        """Again and again while the bucket is away or the disk full, for as long as an outage may last."""
+        waits_since: float | None = None
+        while True:
+            try:
+                act()
+            except (StorageError, OSError) as error:
+                now = time.monotonic()
+                if not may_pass(error) or (waits_since and now - waits_since > self.claim.settings.outage):
+                    raise
+                if waits_since is None:
+                    waits_since = now
+                    logger.warning("job %s waits: %s", self.claim.job.id, error)
+            else:
+                if waits_since is not None:
+                    logger.warning("job %s goes on after %.0f s", self.claim.job.id, time.monotonic() - waits_since)
+                return
+            self.check()
+            time.sleep(OUTAGE_WAIT)
+
+
+def _generate(run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str, Any]:
+    claim = run.claim
     claim.report({"stage": PREPARING})
-    job, folder = claim.job.id, storage.folder(claim.job.id)
-    storage.obtain(job, *claim.job.spec["files"], *_needed(claim.clips))
-    with pick_up(claim.job.spec, folder) as inputs:
-        return _make(inputs, claim, pipeline, storage, shutdown)
+    run.obtain(*claim.job.spec["files"], *_needed(claim.clips))
+    with pick_up(claim.job.spec, run.folder) as inputs:
+        return _make(inputs, run, pipeline)
 
 
-def _make(
-    inputs: Inputs, claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown
-) -> dict[str, Any]:
-    request, folder = inputs.request, storage.folder(claim.job.id)
+def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str, Any]:
+    request, claim, folder = inputs.request, run.claim, run.folder
     state = _last_state(claim.clips, folder)
 
     if not claim.clips or state is not None:  # else the runner before us finished the last clip, and no more
         progress = Progress()
 
         def on_step(step: Step) -> None:
-            claim.check()
-            if shutdown.overdue:
-                raise Stopping
+            run.check()
             claim.report(progress.step(step.clip, step.clips, step.step, step.steps))
 
         voices = inputs.read_voices()
@@ -189,20 +242,23 @@ def _make(
             resume_from=state,
         )
         for clip in clips:
-            _keep(clip, claim, storage)
-            if shutdown.asked and clip.state is not None:
+            _keep(clip, run)
+            if run.shutdown.asked and clip.state is not None:
                 raise Stopping
 
     claim.report({"stage": ENCODING, "percent": 100.0})
-    claim.check()
+    run.check()
     video = folder / f"video.{claim.epoch}.mp4"
-    height, width = inputs.size
-    with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
-        for finished in claim.clips:
-            writer.append(folder / finished.result["segment"])
-    claim.report({"stage": UPLOADING, "percent": 100.0})
-    storage.publish(claim.job.id, video.name, on_bytes=lambda _: claim.check())
-    frames = writer.frames
+    frames = sum(finished.result["frames"] for finished in claim.clips)
+
+    def join() -> None:
+        height, width = inputs.size
+        with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
+            for finished in claim.clips:
+                writer.append(folder / finished.result["segment"])
+        claim.report({"stage": UPLOADING, "percent": 100.0})
+
+    run.keep(join, video.name)
     return {"video": video.name, "frames": frames, "seconds": frames / FRAMES_PER_SECOND}
 
 
@@ -218,17 +274,18 @@ def _needed(clips: Sequence[FinishedClip]) -> list[str]:
     return [clip.result["segment"] for clip in clips] + state
 
 
-def _keep(clip: Clip, claim: Claim, storage: Storage) -> None:
+def _keep(clip: Clip, run: _Run) -> None:
     """Write a clip's segment and state, then record both: from here on it never runs again."""
-    name = f"clip-{clip.index:05d}.{claim.epoch}"  # the epoch: a runner given up for dead may be writing the same clip
-    folder = storage.folder(claim.job.id)
-    segment, state = folder / f"{name}.mp4", folder / f"{name}.safetensors"
+    epoch = run.claim.epoch  # in the name: a runner given up for dead may be writing the same clip
+    segment, state = (f"clip-{clip.index:05d}.{epoch}.{kind}" for kind in ("mp4", "safetensors"))
     frames = clip.frames
-    with VideoWriter(segment, frames.shape[2], frames.shape[1], sound=None) as writer:
-        writer.write(frames)
-    if clip.state is not None:
-        clip.state.save(state)
-    made = [segment.name] + ([state.name] if clip.state else [])
-    storage.publish(claim.job.id, *made, on_bytes=lambda _: claim.check())  # and only then may the database know
-    recorded = {"segment": segment.name, "state": state.name if clip.state else None, "frames": len(frames)}
-    claim.finish_clip(clip.index, recorded)
+
+    def write() -> None:
+        with VideoWriter(run.folder / segment, frames.shape[2], frames.shape[1], sound=None) as writer:
+            writer.write(frames)
+        if clip.state is not None:
+            clip.state.save(run.folder / state)
+
+    run.keep(write, segment, *([state] if clip.state else []))  # and only then may the database know
+    recorded = {"segment": segment, "state": state if clip.state else None, "frames": len(frames)}
+    run.claim.finish_clip(clip.index, recorded)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
@@ -66,7 +66,7 @@ class ClipState:
 
     def save(self, path: Path) -> None:
         tensors = {"motion": self.motion.contiguous(), "random_state": self.random_state}
-        save_file(tensors, path, {"clip": str(self.clip)})
+        path.write_bytes(save(tensors, {"clip": str(self.clip)}))  # save_file hides that the disk is full
 
     @classmethod
     def load(cls, path: Path) -> "ClipState":

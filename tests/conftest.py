@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,28 @@ def pipeline(snapshots: Path) -> InfiniteTalkPipeline:
     return InfiniteTalkPipeline.from_snapshots(
         snapshots / "Wan2.1-I2V-14B-480P", snapshots / "InfiniteTalk", snapshots / "chinese-wav2vec2-base", "cpu"
     )
+
+
+@dataclass
+class SmallDisk:
+    """A file system of 8 MB."""
+
+    folder: Path
+
+    def fill(self) -> None:
+        with (self.folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+
+    def make_room(self) -> None:
+        (self.folder / "filler").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only root can mount a small file system")
+    yield SmallDisk(folder)
+    subprocess.run(["/bin/umount", "--lazy", folder], check=True)

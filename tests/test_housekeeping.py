@@ -11,7 +11,10 @@ import pytest
 from avatar_api.housekeeping import ORPHAN_SECONDS, Housekeeper
 from avatar_api.jobs import Job, JobStore
 from avatar_api.settings import ServiceSettings
-from avatar_api.storage import Storage
+from avatar_api.storage import Storage, open_storage
+from tests.buckets import S3Server, s3_fixture, s3_server_fixture
+
+__all__ = ["s3_fixture", "s3_server_fixture"]
 
 KILOBYTE = 1000
 
@@ -94,3 +97,20 @@ def test_it_ends_at_once_when_the_server_does(house: House) -> None:
     begun = time.monotonic()
     keeper.stop()
     assert time.monotonic() - begun < 5
+
+
+def test_with_a_bucket_only_the_copies_here_go_where_there_is_too_much(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.client.create_bucket(Bucket="kept")
+    settings = ServiceSettings(home=tmp_path, s3_bucket="kept", s3_endpoint_url=s3.url, keep_bytes=KILOBYTE)
+    with closing(JobStore(settings.database)) as store:
+        house = House(tmp_path, store)
+        house.storage = open_storage(settings)
+        jobs = [house.finish(), house.finish()]
+        for job in jobs:
+            house.storage.publish(job.id, "input")
+        Housekeeper(store, house.storage, settings).clean()
+        assert {path.name for path in (tmp_path / "jobs").iterdir()} == {jobs[1].id}
+        house.storage.obtain(jobs[0].id, "input")
+        assert house.storage.size(jobs[0].id) == KILOBYTE

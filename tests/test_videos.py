@@ -30,6 +30,7 @@ from avatar_api.media import VideoWriter
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage
 from avatar_api.videos import REFUSABLE, create_router, refuse
+from tests.conftest import SmallDisk
 
 FRAMES = 10  # of each clip
 
@@ -76,6 +77,15 @@ def backend(tmp_path: Path) -> Iterator[Backend]:
     quick = JobSettings(lease=5, beat=0.1, poll=0.05)
     with closing(JobStore(settings.database, quick)) as store:
         yield Backend(settings, store, Storage(settings))
+
+
+@pytest.fixture
+def full_disk(backend: Backend, small_disk: SmallDisk) -> SmallDisk:
+    """Where jobs' files lie."""
+    (small_disk.folder / "jobs").mkdir()
+    (backend.settings.home / "jobs").symlink_to(small_disk.folder / "jobs")
+    small_disk.fill()
+    return small_disk
 
 
 @pytest.fixture
@@ -390,3 +400,16 @@ class TestOpenAPI:
     @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up"])
     def test_wrong_queries_are_refused_in_the_same_shape(self, alice: httpx.Client, query: str) -> None:
         assert error(alice.get(f"?{query}"), 422)["param"] == query.partition("=")[0]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(
+    backend: Backend, alice: httpx.Client, full_disk: SmallDisk
+) -> None:
+    refused = alice.post("", data={"size": "64x64"}, files=files())
+    assert refused.status_code == 503, refused.text
+    assert refused.headers["Retry-After"]
+    assert refused.json()["error"]["code"] == "unavailable"
+    assert "disk is full" in refused.json()["error"]["message"]
+    assert list((full_disk.folder / "jobs").iterdir()) == []
+    full_disk.make_room()
+    assert create(alice)["status"] == "queued"
