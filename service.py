@@ -81,6 +81,7 @@ class AvatarRunner:
         from avatar_api.worker import load, work
 
         settings = ServiceSettings()
+        settings.home.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         models: list[Any] = [
             self.wan,
