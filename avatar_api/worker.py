@@ -6,15 +6,20 @@ clip, and its video equals an undisturbed one.
 """
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from avatar_api import logs, metrics, tracing
 from avatar_api.inputs import Inputs, pick_up
 from avatar_api.jobs import OUTAGES, Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
 from avatar_api.media import VideoWriter
-from avatar_api.progress import ENCODING, PREPARING, UPLOADING, Progress
+from avatar_api.progress import ENCODING, GENERATING, PREPARING, UPLOADING, Progress
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import Storage, StorageError
@@ -26,6 +31,10 @@ from infinitetalk.timeline import FRAMES_PER_SECOND
 logger = logging.getLogger(__name__)
 
 OUTAGE_WAIT = 2.0  # seconds between questions to a database that does not answer
+
+for _name in (PREPARING, GENERATING, ENCODING, UPLOADING):
+    metrics.STAGE_SECONDS.labels(_name)  # is 0 until the first
+metrics.FAILURES.labels("generation_failed")
 
 
 class Stopping(Exception):  # noqa: N818 - no error: the process was asked to end
@@ -65,17 +74,21 @@ def work(store: JobStore, pipeline: InfiniteTalkPipeline, storage: Storage, owne
         if claim is None:
             shutdown.wait(store.poll_seconds)
             continue
-        with claim:
+        job = claim.job
+        attributes: dict[str, str | int] = {"job": job.id, "attempt": job.attempts, "clips_before": len(claim.clips)}
+        with claim, logs.of_job(job.id), tracing.span("job", job.traceparent, **attributes):
             try:
                 run(claim, pipeline, storage, shutdown)
             except LeaseLost as reason:
-                logger.warning("job %s: dropped: %s", claim.job.id, reason)
+                logger.warning("job %s: dropped: %s", job.id, reason)
 
 
 def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown) -> None:
     """One job, to whatever end it comes. Raises LeaseLost if that is another runner's to write."""
     job = claim.job.id
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
+    if claim.epoch == 1 and claim.job.started_at is not None:
+        metrics.WAIT_SECONDS.observe(claim.job.started_at - claim.job.created_at)
     try:
         result = _generate(claim, pipeline, storage, shutdown)
         claim.complete(result)
@@ -88,10 +101,12 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
         claim.release()
         logger.info("job %s: handed back", job)
     except InputError as error:
+        tracing.failed(error)
         claim.fail(error_object(error), retry=False)
         logger.info("job %s: refused: %s", job, error)
     except Exception as error:
         logger.exception("job %s: failed", job)
+        tracing.failed(error)
         state = claim.fail(error_object(error), retry=True)
         logger.info("job %s: is now %s", job, state)
     else:
@@ -116,8 +131,10 @@ def error_object(error: Exception) -> dict[str, Any]:
 def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown) -> dict[str, Any]:
     claim.report({"stage": PREPARING})
     job, folder = claim.job.id, storage.folder(claim.job.id)
-    storage.obtain(job, *claim.job.spec["files"], *_needed(claim.clips))
-    with pick_up(claim.job.spec, folder) as inputs:
+    with _stage(PREPARING):
+        storage.obtain(job, *claim.job.spec["files"], *_needed(claim.clips))
+        picked_up = pick_up(claim.job.spec, folder)
+    with picked_up as inputs:
         return _make(inputs, claim, pipeline, storage, shutdown)
 
 
@@ -136,6 +153,7 @@ def _make(
             if shutdown.overdue:
                 raise Stopping
             claim.report(progress.step(step.clip, step.clips, step.step, step.steps))
+            _report_memory(pipeline.device)
 
         voices = inputs.read_voices()
         boxes = request.speakers.boxes or [None] * len(voices)
@@ -148,22 +166,48 @@ def _make(
             on_step=on_step,
             resume_from=state,
         )
-        for clip in clips:
-            segments.append(_keep(clip, claim, storage))
-            if shutdown.asked and clip.state is not None:
-                raise Stopping
+        with _stage(GENERATING):
+            begun = time.monotonic()
+            for clip in clips:
+                segments.append(_keep(clip, claim, storage))
+                taken, begun = time.monotonic() - begun, time.monotonic()
+                metrics.CLIP_SECONDS.observe(taken)
+                tracing.past_span("clip", taken, clip=clip.index)
+                if shutdown.asked and clip.state is not None:
+                    raise Stopping
 
     claim.report({"stage": ENCODING, "percent": 100.0})
     claim.check()
     video = folder / f"video.{claim.epoch}.mp4"
     height, width = inputs.size
-    with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
+    with (
+        _stage(ENCODING),
+        VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer,
+    ):
         for segment in segments:
             writer.append(segment)
     claim.report({"stage": UPLOADING, "percent": 100.0})
-    storage.publish(claim.job.id, video.name, on_bytes=lambda _: claim.check())
+    with _stage(UPLOADING):
+        storage.publish(claim.job.id, video.name, on_bytes=lambda _: claim.check())
     frames = writer.frames
     return {"video": video.name, "frames": frames, "seconds": frames / FRAMES_PER_SECOND}
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """A part of the job, in its trace, and in Prometheus if it comes to its end."""
+    begun = time.monotonic()
+    with tracing.span(name):
+        yield
+    metrics.STAGE_SECONDS.labels(name).observe(time.monotonic() - begun)
+
+
+def _report_memory(device: torch.device) -> None:
+    """Of this process's GPU; those of further ranks are not seen from here."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        metrics.gpu_memory(str(gpu.uuid), allocated=allocated, reserved=reserved, total=gpu.total_memory)
 
 
 def _last_state(clips: Sequence[FinishedClip], folder: Path) -> ClipState | None:
@@ -189,7 +233,8 @@ def _keep(clip: Clip, claim: Claim, storage: Storage) -> Path:
     if clip.state is not None:
         clip.state.save(state)
     made = [segment.name] + ([state.name] if clip.state else [])
-    storage.publish(claim.job.id, *made, on_bytes=lambda _: claim.check())  # and only then may the database know
+    with tracing.span("publish"):
+        storage.publish(claim.job.id, *made, on_bytes=lambda _: claim.check())  # and only then may the database know
     recorded = {"segment": segment.name, "state": state.name if clip.state else None, "frames": len(frames)}
     claim.finish_clip(clip.index, recorded)
     return segment
