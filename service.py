@@ -11,6 +11,7 @@ import logging
 import shutil
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +23,12 @@ from bentoml.validators import ContentType, FileSchema
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator
 
+from avatar_api import logs, metrics
 from avatar_api.auth import Authenticated, client_of
 from avatar_api.housekeeping import Housekeeper
-from avatar_api.http import OneErrorShape, adapt_forms, create_app, error_response
+from avatar_api.http import OneErrorShape, SecurityHeaders, adapt_forms, create_app, error_response
 from avatar_api.inputs import Source
-from avatar_api.jobs import COMPLETED, FINISHED, Job, JobStore, runner_name
+from avatar_api.jobs import COMPLETED, FINISHED, OUTAGES, STATES, Job, JobStore, runner_name
 from avatar_api.requests import DEFAULTS
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
@@ -36,11 +38,11 @@ from avatar_api.webhooks import Webhooks
 from infinitetalk.errors import CheckpointError, InputError, RankError
 
 logger = logging.getLogger("avatar_api")
-logger.setLevel(logging.INFO)
-logger.handlers, logger.propagate = logging.getLogger("bentoml").handlers, False
+logs.set_up(ServiceSettings().log_format)
 
 LONGEST_CALL = 7 * 24 * 3600  # seconds until the first byte: a call of generate() waits for its video
 POLL_SECONDS = 0.1  # how often such a call looks for its video, and whether its caller is still there
+SCRAPE_SECONDS = 5.0  # how long Prometheus, who waits for ten, waits for the database
 GRACE_SECONDS = 20.0  # what a clip in the making may take after SIGTERM before its job goes back to the queue
 
 
@@ -127,8 +129,11 @@ async def _ready() -> bool:
     return bool(await runner.to_async.loaded())
 
 
+router = create_router(_api)
+
+
 @bentoml.service(name="avatar_api", traffic={"timeout": LONGEST_CALL})
-@bentoml.asgi_app(create_app(_ready, [create_router(_api)], REFUSABLE, refuse), path="/")
+@bentoml.asgi_app(create_app(_ready, [router], REFUSABLE, refuse), path="/")
 class AvatarApi:
     """What callers talk to."""
 
@@ -147,6 +152,14 @@ class AvatarApi:
 
     def _describe(self, job: Job) -> dict[str, Any]:
         return describe(job, self.settings.keep_days, None).model_dump()
+
+    async def __metrics__(self, counted: str) -> str:
+        """What /metrics answers: what BentoML's processes counted, and the queue as it is now."""
+        jobs = None
+        with suppress(TimeoutError, *OUTAGES):
+            async with asyncio.timeout(SCRAPE_SECONDS):
+                jobs = await asyncio.to_thread(self.store.counts)
+        return counted + metrics.queue(None if jobs is None else {state: jobs.get(state, 0) for state in STATES})
 
     @bentoml.on_shutdown
     def stop(self) -> None:
@@ -198,7 +211,8 @@ class AvatarApi:
             return _refused(ctx, refuse(error))
         while job.state not in FINISHED:
             if await ctx.request.is_disconnected():
-                logger.info("job %s: the caller went away", job.id)
+                with logs.of_job(job.id):
+                    logger.info("job %s: the caller went away", job.id)
                 await asyncio.to_thread(self.store.cancel, job.id)
                 return _refused(ctx, Response(status_code=499))
             await asyncio.sleep(POLL_SECONDS)
@@ -211,6 +225,8 @@ class AvatarApi:
 
 
 adapt_forms(ServiceSettings().max_upload_bytes)
+metrics.count_by_route(["/ping", "/livez", "/readyz", *(str(getattr(route, "path", "")) for route in router.routes)])
+AvatarApi.add_asgi_middleware(SecurityHeaders)  # type: ignore[attr-defined]
 AvatarApi.add_asgi_middleware(Authenticated)  # type: ignore[attr-defined]
 AvatarApi.add_asgi_middleware(OneErrorShape, max_upload_bytes=ServiceSettings().max_upload_bytes)  # type: ignore[attr-defined]
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from avatar_api.jobs import FINISHED, OUTAGES, Job, JobNotFinishedError, JobNotFoundError, JobStore
+from avatar_api.logs import of_job
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage, StorageError
 
@@ -69,4 +70,5 @@ class Housekeeper:
         except (JobNotFoundError, JobNotFinishedError):
             return
         self._storage.delete(job.id)
-        logger.info("job %s: deleted: %s", job.id, reason)
+        with of_job(job.id):
+            logger.info("job %s: deleted: %s", job.id, reason)

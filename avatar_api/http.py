@@ -1,4 +1,4 @@
-"""The HTTP around the Bento's own: health, one shape for every error, and a limit on what is sent.
+"""The HTTP around the Bento's own: health, one shape for every error, a limit on what is sent, headers for browsers.
 
 An error is always `{"error": {"type", "code", "message", "param"}}`; BentoML's own answers are brought into that shape.
 """
@@ -14,12 +14,17 @@ from bentoml.exceptions import InvalidArgument
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.datastructures import UploadFile
+from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from avatar_api import metrics
+
+PAGES = ("text/html", "text/css", "text/javascript", "application/javascript")
+
 
 def error_response(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+    metrics.ERRORS.labels(code).inc()
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = {"error": {"type": kind, "code": code, "message": message, "param": param}}
     return JSONResponse(body, status_code=status)
@@ -137,6 +142,30 @@ class OneErrorShape:
             {name.decode(): value.decode() for name, value in started["headers"] if name[:2] == b"x-"}
         )
         await answer(scope, receive, send)
+
+
+class SecurityHeaders:
+    """Middleware: what OWASP's REST cheat sheet asks of every answer, for the day a browser is made to open one.
+
+    Pages, and what belongs to them, may run scripts, be framed and be cached.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("X-Content-Type-Options", "nosniff")
+                headers.setdefault("Referrer-Policy", "no-referrer")
+                if not headers.get("content-type", "").startswith(PAGES):
+                    headers.setdefault("Cache-Control", "no-store")
+                    headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+                    headers.setdefault("X-Frame-Options", "DENY")
+            await send(message)
+
+        await self.app(scope, receive, secured if scope["type"] == "http" else send)
 
 
 class _TooLarge(Exception):  # noqa: N818 - never leaves this module

@@ -34,7 +34,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TextIO
+from typing import Any, Final, Literal, Self, TextIO, get_args
 
 import sqlalchemy as sa
 from alembic import command
@@ -46,6 +46,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
+from avatar_api import logs, metrics
+
 logger = logging.getLogger(__name__)
 
 QUEUED: Final = "queued"
@@ -54,7 +56,9 @@ COMPLETED: Final = "completed"
 FAILED: Final = "failed"
 CANCELLED: Final = "cancelled"
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+STATES: tuple[State, ...] = get_args(State)
 FINISHED: tuple[State, ...] = (COMPLETED, FAILED, CANCELLED)
+RUNNER_DIED = "runner_died"
 
 OUTAGES = (OperationalError, InterfaceError, InternalError)  # stopped, restarting, read-only, locked, out of disk
 POLL_SECONDS = {"sqlite": 0.25, "postgresql": 1.0}
@@ -81,6 +85,10 @@ class QueueFullError(Exception):
 
 class JobNotFinishedError(ValueError):
     """Only a finished job can be deleted."""
+
+
+class JobNotFailedError(ValueError):
+    """Only a job that failed or was cancelled can be run again."""
 
 
 class JobCancelled(Exception):  # noqa: N818 - no error: somebody asked for it
@@ -145,6 +153,8 @@ class Job:
     """Who is told of its end."""
     webhook_attempts: int
     """How often that was tried."""
+    traceparent: str | None
+    """The request that made it, for its run to join that trace."""
     created_at: float
     started_at: float | None
     """When it was first claimed."""
@@ -190,6 +200,7 @@ jobs = Table(
     Column("webhook_url", sa.Text),
     Column("webhook_at", sa.Double, nullable=False, server_default="0"),  # the next attempt
     Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
+    Column("traceparent", sa.Text),
     Index("jobs_in_order", "state", sa.text("priority DESC"), "seq"),
     Index("jobs_of_client", "client", "seq"),
     Index("jobs_to_tell", "webhook_at", sqlite_where=_TELLS, postgresql_where=_TELLS),
@@ -203,6 +214,10 @@ clips = Table(
     Column("result", _Json, nullable=False),
     Column("finished_at", sa.Double, nullable=False),
 )
+for _state in FINISHED:
+    metrics.ENDED.labels(_state)  # is 0 until the first
+metrics.FAILURES.labels(RUNNER_DIED)
+
 _Row = Row[*tuple[Any, ...]]
 _JOB = [jobs.c[field.name] for field in fields(Job)]
 _CLIP = [clips.c[field.name] for field in fields(FinishedClip)]
@@ -226,7 +241,12 @@ class JobStore:
         self._kind = sa.make_url(url).get_backend_name()
         if self._kind not in _NOW:
             raise ValueError(f"database: {self._kind}:// is not supported; use sqlite:///FILE or postgresql://…")
-        self._engine = sa.create_engine(url, pool_pre_ping=True, json_serializer=partial(json.dumps, allow_nan=False))
+        self._engine = sa.create_engine(
+            url,
+            pool_pre_ping=True,
+            hide_parameters=True,  # an error shows the statement, which is logged, and not what people sent
+            json_serializer=partial(json.dumps, allow_nan=False),
+        )
         self.poll_seconds = settings.poll or POLL_SECONDS[self._kind]
         self._now = sa.literal_column(_NOW[self._kind], sa.Double)
         self._insert = sqlite.insert if self._kind == "sqlite" else postgresql.insert
@@ -250,6 +270,7 @@ class JobStore:
         client: str = "",
         webhook_url: str | None = None,
         limits: QueueLimits | None = None,
+        traceparent: str | None = None,
     ) -> Job:
         """Put a job in the queue; the same `key` of a client, or `job_id`, again returns the job that is there.
 
@@ -260,7 +281,7 @@ class JobStore:
         job_id = job_id or f"video_{secrets.token_hex(16)}"
         own_key = None if key is None else json.dumps([client, key])
         values = {"id": job_id, "key": own_key, "spec": spec, "priority": priority, "created_at": self._now}
-        values |= {"client": client, "webhook_url": webhook_url}
+        values |= {"client": client, "webhook_url": webhook_url, "traceparent": traceparent}
         insert = self._insert(jobs).values(values).on_conflict_do_nothing().returning(*_JOB)
         same = (jobs.c.id == job_id) if key is None else (jobs.c.id == job_id) | (jobs.c.key == own_key)
         while True:  # again only if the job that is there was deleted in between
@@ -355,9 +376,29 @@ class JobStore:
         idle = jobs.c.lease_until < self._now  # queued, or its runner is dead
         stop = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state.not_in(FINISHED))
         state, finished_at = sa.case((idle, CANCELLED), else_=jobs.c.state), sa.case((idle, self._now))
+        stop = stop.values(cancel_requested=True, state=state, finished_at=finished_at).returning(jobs.c.state)
         with self._writing() as connection:
-            connection.execute(stop.values(cancel_requested=True, state=state, finished_at=finished_at))
-            return Job(*_row(connection, job_id, _JOB))
+            stopped = connection.execute(stop).scalar()
+            job = Job(*_row(connection, job_id, _JOB))
+        if stopped == CANCELLED:
+            metrics.ENDED.labels(CANCELLED).inc()
+        return job
+
+    def retry(self, job_id: str, webhook_url: str | None = None) -> Job:
+        """A job that failed or was cancelled goes back into the queue, and on from its last finished clip.
+
+        webhook_url: who is told of its end, once more. Raises JobNotFoundError, JobNotFailedError.
+        """
+        ended = jobs.c.state.in_((FAILED, CANCELLED))
+        values: Json = {"state": QUEUED, "finished_at": None, "cancel_requested": False, "error": None, "result": None}
+        values |= {"attempts": 0, "not_before": 0, "lease_until": 0}
+        values |= {"webhook_url": webhook_url, "webhook_at": 0, "webhook_attempts": 0}
+        again = sa.update(jobs).where(jobs.c.id == job_id, ended).values(values).returning(*_JOB)
+        with self._writing() as connection:
+            if row := connection.execute(again).first():
+                return Job(*row)
+            (state,) = _row(connection, job_id, [jobs.c.state])
+            raise JobNotFailedError(f"Job {job_id!r} is {state}; only a failed or cancelled one can be run again.")
 
     def delete(self, job_id: str) -> None:
         """Forget a finished job; its files are the caller's to delete. Raises JobNotFoundError, JobNotFinishedError."""
@@ -429,14 +470,19 @@ class JobStore:
         first = free.limit(1).with_for_update(skip_locked=True, of=jobs)
         while row := connection.execute(first).first():
             this = jobs.c.seq == row.seq
+            if row.state == IN_PROGRESS:
+                metrics.FAILURES.labels(RUNNER_DIED).inc()
             finished = sa.select(*_CLIP).where(clips.c.job == row.seq).order_by(clips.c.index)
             done = tuple(FinishedClip(*clip) for clip in connection.execute(finished))
             if row.cancel_requested:
                 connection.execute(sa.update(jobs).where(this).values(self._finished(CANCELLED)))
+                metrics.ENDED.labels(CANCELLED).inc()
             elif row.state == IN_PROGRESS and row.attempts >= self.settings.attempts:  # nobody lived to fail it
                 died = f"The process that ran the job died {row.attempts} times at clip {len(done) + 1}"
-                error = {"type": "server_error", "code": "runner_died", "message": f"{died}.", "param": None}
+                error = {"type": "server_error", "code": RUNNER_DIED, "message": f"{died}.", "param": None}
                 connection.execute(sa.update(jobs).where(this).values(self._finished(FAILED) | {"error": error}))
+                logger.error("job %s: failed: %s", row.id, died)
+                metrics.ENDED.labels(FAILED).inc()
             else:
                 values = {"state": IN_PROGRESS, "owner": owner, "lease_until": self._now + self.settings.lease}
                 values |= {"epoch": row.epoch + 1, "attempts": row.attempts + 1}
@@ -551,6 +597,7 @@ class Claim:
         retry: try again a little later, if there are attempts left since the last finished clip; not for a mistake of
         the caller's. Returns what the job is now: queued, failed, or cancelled, if that was asked for meanwhile.
         """
+        metrics.FAILURES.labels(error["code"]).inc()
         if not retry or self._attempts >= self.settings.attempts:
             return self._insist((FAILED,), self._store._finished(FAILED) | {"error": error})
         wait = self.settings.backoff * 2 ** (self._attempts - 1)
@@ -614,9 +661,15 @@ class Claim:
             self._halt = JobCancelled(f"Job {self.job.id} is to be cancelled.")
         if state != IN_PROGRESS:
             self._ended.set()
+        if state in FINISHED:
+            metrics.ENDED.labels(state).inc()
         return state
 
     def _beat_until_ended(self) -> None:
+        with logs.of_job(self.job.id):
+            self._beat()
+
+    def _beat(self) -> None:
         while not self._ended.wait(self.settings.beat):
             silent = time.monotonic() - self._checked
             if silent > self.settings.stall:

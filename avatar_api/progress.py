@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from avatar_api import metrics
+
 PREPARING, GENERATING, ENCODING, UPLOADING = "preparing", "generating", "encoding", "uploading"
 
 
@@ -28,6 +30,7 @@ class Progress:
         else:
             self._steps += 1
             self._step_seconds += taken
+            metrics.STEP_SECONDS.observe(taken)
         done = clip * steps + step + 1
         report = {
             "stage": GENERATING,

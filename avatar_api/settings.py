@@ -27,6 +27,7 @@ class ServiceSettings(BaseSettings):
         le=3,
         description="GPUs per video: the three forwards of a step are computed side by side. On a CPU, processes.",
     )
+    log_format: Literal["text", "json"] = Field("text", description="`json`: one JSON object per line of the log.")
     max_seconds: float = Field(7200, gt=0, description="Longest video that a request may ask for, in seconds.")
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="Largest request body, and largest file from a URL.")
 

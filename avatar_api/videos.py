@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Resp
 from pydantic import BaseModel, Field
 from starlette.datastructures import FormData, UploadFile
 
-from avatar_api import outgoing, previews
+from avatar_api import outgoing, previews, tracing
 from avatar_api.auth import client_of
 from avatar_api.http import error_response
 from avatar_api.inputs import Source, lay_down
@@ -147,6 +147,7 @@ class Videos:
                 client=self.client,
                 webhook_url=request.webhook_url,
                 limits=QueueLimits(settings.max_queued, settings.max_queued_per_key),
+                traceparent=tracing.traceparent(),
             )
         except BaseException:
             self.backend.storage.delete(job_id)

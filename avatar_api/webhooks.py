@@ -28,6 +28,7 @@ from typing import Any, cast
 from standardwebhooks import Webhook
 
 from avatar_api.jobs import Job, JobStore
+from avatar_api.logs import of_job
 from avatar_api.outgoing import AllowedHosts, post
 from avatar_api.settings import ServiceSettings
 from infinitetalk.errors import InputError
@@ -104,7 +105,8 @@ class Webhooks:
     def _send(self, job: Job) -> None:
         """One attempt, and what follows from it."""
         try:
-            again_after = self._attempt(job)
+            with of_job(job.id):
+                again_after = self._attempt(job)
             self._store.webhook_sent(job.id, again_after)
         except Exception as error:  # an outage mostly; it will be sent again
             logger.warning("job %s: webhook: its outcome cannot be recorded: %s", job.id, error)

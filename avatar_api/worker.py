@@ -8,7 +8,8 @@ smaller memory preset.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 
 import torch
 
+from avatar_api import logs, metrics, tracing
 from avatar_api.inputs import Inputs, pick_up
 from avatar_api.jobs import OUTAGES, Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
 from avatar_api.media import VideoWriter
-from avatar_api.progress import ENCODING, PREPARING, UPLOADING, Progress
+from avatar_api.progress import ENCODING, GENERATING, PREPARING, UPLOADING, Progress
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import Storage, StorageError, may_pass
@@ -39,6 +41,10 @@ TOO_LARGE = {
     "message": "The GPU's memory is too small for a video of this size; ask for a smaller one.",
     "param": "size",
 }
+
+for _name in (PREPARING, GENERATING, ENCODING, UPLOADING):
+    metrics.STAGE_SECONDS.labels(_name)  # is 0 until the first
+metrics.FAILURES.labels("generation_failed")
 
 
 class Stopping(Exception):  # noqa: N818 - no error: the process was asked to end
@@ -91,18 +97,22 @@ def work(
         if claim is None:
             shutdown.wait(store.poll_seconds)
             continue
-        with claim:
+        job = claim.job
+        attributes: dict[str, str | int] = {"job": job.id, "attempt": job.attempts, "clips_before": len(claim.clips)}
+        if claim.epoch == 1 and job.started_at is not None:
+            metrics.WAIT_SECONDS.observe(job.started_at - job.created_at)
+        with claim, logs.of_job(job.id), tracing.span("job", job.traceparent, **attributes):
             try:
                 fits = run(claim, pipeline, storage, shutdown)
                 if not fits and (less := smaller(usual)) is not None:
-                    logger.warning("job %s: too large for the GPU; once more with preset %s", claim.job.id, less.name)
+                    logger.warning("job %s: too large for the GPU; once more with preset %s", job.id, less.name)
                     pipeline.close()
                     pipeline = load_again(less.name)
                     fits = run(claim, pipeline, storage, shutdown)
                 if not fits:
                     claim.fail(TOO_LARGE, retry=False)
             except LeaseLost as reason:
-                logger.warning("job %s: dropped: %s", claim.job.id, reason)
+                logger.warning("job %s: dropped: %s", job.id, reason)
         if pipeline.preset is not usual:  # the next job may fit, and be exact where this one was decoded in tiles
             pipeline.close()
             pipeline = load_again(usual.name)
@@ -127,9 +137,11 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
         claim.release()
         logger.info("job %s: handed back", job)
     except InputError as error:
+        tracing.failed(error)
         claim.fail(error_object(error), retry=False)
         logger.info("job %s: refused: %s", job, error)
     except FloatingPointError as error:  # the same again would come of the same
+        tracing.failed(error)
         claim.fail(error_object(error), retry=False)
         logger.error("job %s: failed: %s", job, error)
     except torch.OutOfMemoryError as error:
@@ -137,6 +149,7 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
         return False
     except Exception as error:
         logger.exception("job %s: failed", job)
+        tracing.failed(error)
         state = claim.fail(error_object(error), retry=True)
         logger.info("job %s: is now %s", job, state)
     else:
@@ -181,14 +194,12 @@ class _Run:
     def obtain(self, *names: str) -> None:
         self._insist(lambda: self.storage.obtain(self.claim.job.id, *names, on_bytes=self.check))
 
-    def keep(self, write: Callable[[], object], *names: str) -> None:
-        """Write files into the folder and publish them. What is written took minutes of a GPU: it is not given up."""
+    def write(self, act: Callable[[], None]) -> None:
+        """What is written took minutes of a GPU: it is not given up because the disk is full."""
+        self._insist(act)
 
-        def written_and_published() -> None:
-            write()
-            self.storage.publish(self.claim.job.id, *names, on_bytes=self.check)
-
-        self._insist(written_and_published)
+    def publish(self, *names: str) -> None:
+        self._insist(lambda: self.storage.publish(self.claim.job.id, *names, on_bytes=self.check))
 
     def _insist(self, act: Callable[[], None]) -> None:
         """Again and again while the bucket is away or the disk full, for as long as an outage may last."""
@@ -214,8 +225,10 @@ class _Run:
 def _generate(run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str, Any]:
     claim = run.claim
     claim.report({"stage": PREPARING})
-    run.obtain(*claim.job.spec["files"], *_needed(claim.clips))
-    with pick_up(claim.job.spec, run.folder) as inputs:
+    with _stage(PREPARING):
+        run.obtain(*claim.job.spec["files"], *_needed(claim.clips))
+        picked_up = pick_up(claim.job.spec, run.folder)
+    with picked_up as inputs:
         return _make(inputs, run, pipeline)
 
 
@@ -229,6 +242,7 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
         def on_step(step: Step) -> None:
             run.check()
             claim.report(progress.step(step.clip, step.clips, step.step, step.steps))
+            _report_memory(pipeline.device)
 
         voices = inputs.read_voices()
         boxes = request.speakers.boxes or [None] * len(voices)
@@ -241,10 +255,15 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
             on_step=on_step,
             resume_from=state,
         )
-        for clip in clips:
-            _keep(clip, run)
-            if run.shutdown.asked and clip.state is not None:
-                raise Stopping
+        with _stage(GENERATING):
+            begun = time.monotonic()
+            for clip in clips:
+                _keep(clip, run)
+                taken, begun = time.monotonic() - begun, time.monotonic()
+                metrics.CLIP_SECONDS.observe(taken)
+                tracing.past_span("clip", taken, clip=clip.index)
+                if run.shutdown.asked and clip.state is not None:
+                    raise Stopping
 
     claim.report({"stage": ENCODING, "percent": 100.0})
     run.check()
@@ -256,10 +275,31 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
         with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
             for finished in claim.clips:
                 writer.append(folder / finished.result["segment"])
-        claim.report({"stage": UPLOADING, "percent": 100.0})
 
-    run.keep(join, video.name)
+    with _stage(ENCODING):
+        run.obtain(*claim.job.spec["files"], *(finished.result["segment"] for finished in claim.clips))
+        run.write(join)
+    claim.report({"stage": UPLOADING, "percent": 100.0})
+    with _stage(UPLOADING):
+        run.publish(video.name)
     return {"video": video.name, "frames": frames, "seconds": frames / FRAMES_PER_SECOND}
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """A part of the job, in its trace, and in Prometheus if it comes to its end."""
+    begun = time.monotonic()
+    with tracing.span(name):
+        yield
+    metrics.STAGE_SECONDS.labels(name).observe(time.monotonic() - begun)
+
+
+def _report_memory(device: torch.device) -> None:
+    """Of this process's GPU; those of further ranks are not seen from here."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        metrics.gpu_memory(str(gpu.uuid), allocated=allocated, reserved=reserved, total=gpu.total_memory)
 
 
 def _last_state(clips: Sequence[FinishedClip], folder: Path) -> ClipState | None:
@@ -286,6 +326,8 @@ def _keep(clip: Clip, run: _Run) -> None:
         if clip.state is not None:
             clip.state.save(run.folder / state)
 
-    run.keep(write, segment, *([state] if clip.state else []))  # and only then may the database know
+    run.write(write)
+    with tracing.span("publish"):
+        run.publish(segment, *([state] if clip.state else []))  # and only then may the database know
     recorded = {"segment": segment, "state": state if clip.state else None, "frames": len(frames)}
     run.claim.finish_clip(clip.index, recorded)
