@@ -75,8 +75,8 @@ def work(store: JobStore, pipeline: InfiniteTalkPipeline, storage: Storage, owne
             shutdown.wait(store.poll_seconds)
             continue
         job = claim.job
-        attributes: dict[str, str | int] = {"job": job.id, "attempt": job.attempts, "clips_before": len(claim.clips)}
-        with claim, logs.of_job(job.id), tracing.span("job", job.traceparent, **attributes):
+        traced = tracing.job_span(job.traceparent, job=job.id, attempt=job.attempts, clips_before=len(claim.clips))
+        with claim, logs.of_job(job.id), traced:
             try:
                 run(claim, pipeline, storage, shutdown)
             except LeaseLost as reason:
