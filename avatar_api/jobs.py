@@ -391,7 +391,7 @@ class JobStore:
         """
         ended = jobs.c.state.in_((FAILED, CANCELLED))
         values: Json = {"state": QUEUED, "finished_at": None, "cancel_requested": False, "error": None, "result": None}
-        values |= {"attempts": 0, "not_before": 0, "lease_until": 0}
+        values |= {"attempts": 0, "not_before": 0, "lease_until": 0, "epoch": jobs.c.epoch + 1}
         values |= {"webhook_url": webhook_url, "webhook_at": 0, "webhook_attempts": 0}
         again = sa.update(jobs).where(jobs.c.id == job_id, ended).values(values).returning(*_JOB)
         with self._writing() as connection:

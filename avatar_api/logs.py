@@ -53,15 +53,15 @@ def set_up(log_format: Literal["text", "json"]) -> None:
     ours, theirs = logging.getLogger("avatar_api"), logging.getLogger("bentoml")
     ours.setLevel(logging.INFO)
     ours.handlers, ours.propagate = theirs.handlers, False
+    threading.excepthook = _thread_died
     if log_format == "json":
         for handler in (*theirs.handlers, *logging.getLogger().handlers):
             handler.setFormatter(JsonLines())
         logging.captureWarnings(True)
-        threading.excepthook = _thread_died
 
 
 def _thread_died(died: threading.ExceptHookArgs) -> None:
-    if died.exc_value is not None:
+    if died.exc_value is not None and died.exc_type is not SystemExit:
         error = (died.exc_type, died.exc_value, died.exc_traceback)
         name = died.thread.name if died.thread else "unknown"
         logging.getLogger("avatar_api").critical("thread %s died", name, exc_info=error)

@@ -8,8 +8,6 @@ figure: the database is asked when Prometheus asks (`queue`), and every API proc
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from bentoml._internal.context import server_context
-from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -52,6 +50,9 @@ def count_by_route(paths: Iterable[str]) -> None:
     It counts by the path as it was sent, and for ever: several series for each video, and for each path that a stranger
     tries. From here on a path counts as its route, `/v1/videos/{video_id}`, or as `other`.
     """
+    from bentoml._internal.context import server_context  # late: the job store, which imports us, works without BentoML
+    from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
+
     set_up = RunnerTrafficMetricsMiddleware._setup
     patterns = {path: compile_path(path)[0] for path in paths}
 
@@ -69,8 +70,9 @@ def count_by_route(paths: Iterable[str]) -> None:
 
     def set_up_by_route(middleware: Any) -> None:
         set_up(middleware)
-        for name in ("request_duration", "request_total", "request_in_progress", "websocket_connections"):
-            setattr(middleware, f"metrics_{name}", ByRoute(getattr(middleware, f"metrics_{name}")))
+        for name in vars(middleware):
+            if name.startswith(("metrics_request_", "metrics_websocket_")):
+                setattr(middleware, name, ByRoute(getattr(middleware, name)))
 
     RunnerTrafficMetricsMiddleware._setup = set_up_by_route  # type: ignore[method-assign, assignment]
 

@@ -98,10 +98,10 @@ def work(
             shutdown.wait(store.poll_seconds)
             continue
         job = claim.job
-        attributes: dict[str, str | int] = {"job": job.id, "attempt": job.attempts, "clips_before": len(claim.clips)}
         if claim.epoch == 1 and job.started_at is not None:
             metrics.WAIT_SECONDS.observe(job.started_at - job.created_at)
-        with claim, logs.of_job(job.id), tracing.span("job", job.traceparent, **attributes):
+        traced = tracing.job_span(job.traceparent, job=job.id, attempt=job.attempts, clips_before=len(claim.clips))
+        with claim, logs.of_job(job.id), traced:
             try:
                 fits = run(claim, pipeline, storage, shutdown)
                 if not fits and (less := smaller(usual)) is not None:

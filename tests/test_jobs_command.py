@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from avatar_api.jobs import Job, JobNotFailedError, JobNotFoundError, JobSettings, JobStore
+from avatar_api.jobs import Job, JobNotFailedError, JobNotFoundError, JobSettings, JobStore, LeaseLost
 from avatar_api.settings import ServiceSettings
 from scripts import jobs as command
 from tests.databases import Database, database_fixture, postgres_fixture
@@ -79,7 +79,7 @@ class TestRunningAgain:
             with claim:
                 claim.check()
                 assert [clip.index for clip in claim.clips] == [0, 1]
-                assert claim.epoch == 2, "its files are not mistaken for the first run's"
+                assert claim.epoch > 1, "its files are not mistaken for the first run's"
                 claim.complete({"video": "video.2.mp4"})
             told = store.get(job.id)
             assert told.state == "completed"
@@ -108,6 +108,17 @@ class TestRunningAgain:
         assert claim is not None
         with claim:
             assert claim.fail(ERROR, retry=True) == "queued"
+
+    def test_a_runner_given_up_for_dead_has_no_part_in_it(self, store: JobStore) -> None:
+        job = submit(store)
+        claim = store.claim("runner")
+        assert claim is not None
+        claim.__exit__(None, None, None)  # its heart stands still
+        store.reclaim("runner")
+        assert store.cancel(job.id).state == "cancelled"
+        store.retry(job.id)
+        with pytest.raises(LeaseLost):
+            claim.fail(ERROR, retry=True)
 
     @pytest.mark.parametrize("state", ["queued", "in_progress", "completed"])
     def test_no_other_job_can_be(self, store: JobStore, state: str) -> None:
