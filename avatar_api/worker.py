@@ -6,7 +6,7 @@ clip, and its video equals an undisturbed one.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ OUTAGE_WAIT = 2.0  # seconds between questions to a database that does not answe
 
 
 class Stopping(Exception):  # noqa: N818 - no error: the process was asked to end
-    """Raised at a denoising step when the runner has no time left to finish the clip."""
+    """Raised when the runner has no time left to finish the clip, or what comes before and after the clips."""
 
 
 def load(wan: Path, infinitetalk: Path, wav2vec2: Path, settings: ServiceSettings) -> InfiniteTalkPipeline:
@@ -117,12 +117,23 @@ def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, sh
     claim.report({"stage": PREPARING})
     job, folder = claim.job.id, storage.folder(claim.job.id)
     storage.obtain(job, *claim.job.spec["files"], *_needed(claim.clips))
-    with pick_up(claim.job.spec, folder) as inputs:
-        return _make(inputs, claim, pipeline, storage, shutdown)
+
+    def go_on() -> None:
+        claim.check()
+        if shutdown.overdue:
+            raise Stopping
+
+    with pick_up(claim.job.spec, folder, go_on) as inputs:
+        return _make(inputs, claim, pipeline, storage, shutdown, go_on)
 
 
 def _make(
-    inputs: Inputs, claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown
+    inputs: Inputs,
+    claim: Claim,
+    pipeline: InfiniteTalkPipeline,
+    storage: Storage,
+    shutdown: Shutdown,
+    go_on: Callable[[], None],
 ) -> dict[str, Any]:
     request, folder = inputs.request, storage.folder(claim.job.id)
     segments = [folder / clip.result["segment"] for clip in claim.clips]
@@ -132,9 +143,7 @@ def _make(
         progress = Progress()
 
         def on_step(step: Step) -> None:
-            claim.check()
-            if shutdown.overdue:
-                raise Stopping
+            go_on()
             claim.report(progress.step(step.clip, step.clips, step.step, step.steps))
 
         voices = inputs.read_voices()
@@ -154,15 +163,10 @@ def _make(
                 raise Stopping
 
     claim.report({"stage": ENCODING, "percent": 100.0})
-    claim.check()
     video = folder / f"video.{claim.epoch}.mp4"
-    height, width = inputs.size
-    with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
-        for segment in segments:
-            writer.append(segment)
+    frames = inputs.join(video, segments)
     claim.report({"stage": UPLOADING, "percent": 100.0})
     storage.publish(claim.job.id, video.name, on_bytes=lambda _: claim.check())
-    frames = writer.frames
     return {"video": video.name, "frames": frames, "seconds": frames / FRAMES_PER_SECOND}
 
 
