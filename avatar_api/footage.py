@@ -13,7 +13,7 @@ from fractions import Fraction
 from io import FileIO
 from itertools import dropwhile
 from pathlib import Path
-from typing import Self, cast
+from typing import Protocol, Self, cast
 
 import av
 import numpy as np
@@ -23,12 +23,12 @@ from av.sidedata.sidedata import SideDataContainer
 from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image
-from scenedetect import AdaptiveDetector, FrameTimecode
 
 from avatar_api.media import (
     FRAMES_PER_SECOND,
     MAX_PIXELS,
     check_size,
+    damage_left_out,
     looks_like,
     open_container,
     open_file,
@@ -172,7 +172,7 @@ class Footage(Sequence[_Pixels]):
         """All pictures in the order they are shown; damaged packets are left out."""
         time = None
         for packet in packets(self._container, self._stream):
-            with contextlib.suppress(av.FFmpegError):
+            with damage_left_out():
                 for picture in packet.decode():
                     stamp = picture.dts if self._by_decoding_times else picture.pts
                     if stamp is not None:
@@ -253,12 +253,22 @@ def _turned(pixels: _Pixels, matrix: list[int]) -> _Pixels:
     return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
-def scene_starts(footage: Footage, frames: int) -> list[int]:
+class Thumbnails(Protocol):
+    """What scenes are found in: `Footage`, or what stands for it."""
+
+    def __len__(self) -> int: ...
+
+    def thumbnail(self, index: int, /) -> _Pixels: ...
+
+
+def scene_starts(footage: Thumbnails, frames: int) -> list[int]:
     """The numbers of the pictures with which scenes begin, among the first `frames`; 0 is always the first.
 
     PySceneDetect's adaptive detector: a cut stands out from the pictures around it, so that neither fades nor a moving
     camera count. No scene is shorter than a second.
     """
+    from scenedetect import AdaptiveDetector, FrameTimecode  # takes as long to import as all that decodes
+
     detector = AdaptiveDetector(min_scene_len=SHORTEST_SCENE)
     starts = [0]
     for index in range(min(frames, len(footage))):

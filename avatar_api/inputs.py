@@ -1,7 +1,13 @@
-"""A job's files: checked and laid into its folder when it is submitted, read from there by whoever runs it."""
+"""A job's files: checked and laid into its folder when it is submitted, read from there by whoever runs it.
 
+Nothing is decoded here: a `Decoder` does, in a process of its own.
+"""
+
+import contextlib
 import hashlib
+import math
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +16,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from avatar_api.footage import Footage, read_reference, scene_starts
-from avatar_api.media import SAMPLE_RATE, read_voice
+from avatar_api.decoder import Decoder, Pictures
+from avatar_api.footage import scene_starts
+from avatar_api.media import SAMPLE_RATE
 from avatar_api.requests import VideoRequest
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import output_size, speaker_regions
@@ -20,43 +27,46 @@ from infinitetalk.timeline import FRAMES_PER_SECOND
 Source = Callable[[Path], object]
 """Writes a caller's file to a path."""
 
+VOICES = ("audio", "audio_2")
+
+DECODERS = threading.BoundedSemaphore(4)
+"""For requests: so many decoders at a time, however many come at once."""
+RUNNER_SECONDS = 3600
+"""What one answer may cost a runner. It has accepted the job, and its video may take days; going on late in a film
+without key pictures means decoding all that comes before."""
+
 
 @dataclass(frozen=True)
 class Inputs:
     """What a video is made from."""
 
     request: VideoRequest
-    reference: NDArray[np.uint8] | Footage
+    reference: NDArray[np.uint8] | Pictures
     voice_files: Sequence[Path | None]
     """One per speaker; None for one who is silent."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the video."""
-        return output_size(self.request.size, *self.source)
+    decoder: Decoder
 
     def read_voices(self) -> list[NDArray[np.float32] | None]:
-        return [None if voice is None else read_voice(voice) for voice in self.voice_files]
+        return [
+            None if voice is None else self.decoder.read_voice(voice, param)
+            for voice, param in zip(self.voice_files, VOICES, strict=False)
+        ]
 
     def scene_starts(self, voices: Sequence[NDArray[np.float32] | None]) -> list[int]:
-        if not self.request.scene_cuts or not isinstance(self.reference, Footage):
+        if not self.request.scene_cuts or not isinstance(self.reference, Pictures):
             return [0]
         spoken = sum(len(voice) for voice in voices if voice is not None)
         return scene_starts(self.reference, spoken * FRAMES_PER_SECOND // SAMPLE_RATE + 1)
 
-    @property
-    def source(self) -> tuple[int, int]:
-        """Height and width of the picture or video."""
-        if isinstance(self.reference, Footage):
-            return self.reference.height, self.reference.width
-        return self.reference.shape[0], self.reference.shape[1]
+    def join(self, video: Path, segments: Sequence[Path]) -> int:
+        """Make one video of its silent pieces and the voices; returns how many frames it has."""
+        return self.decoder.join(video, segments, self.voice_files, self.request.speakers.order)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if isinstance(self.reference, Footage):
-            self.reference.close()
+        self.decoder.close()
 
 
 def lay_down(
@@ -75,28 +85,26 @@ def lay_down(
         if reference not in files:
             raise InputError(reference, f"no {reference} was sent; send a picture or a video.", "missing")
         two = "audio_2" in files or request.speakers.boxes is not None
-        voices: list[str | None] = [name if name in files else None for name in ("audio", "audio_2")[: 2 if two else 1]]
-        picture = read_reference(folder / reference, reference)
-        if not any(voices):
-            if not isinstance(picture, Footage):
-                wanted = f"send a voice, or a video with sound as the {reference}"
-                raise InputError("audio", f"no audio was sent; {wanted}.", "missing")
-            voices[0] = reference
-        with Inputs(request, picture, [None if name is None else folder / name for name in voices]) as inputs:
+        voices: list[str | None] = [name if name in files else None for name in VOICES[: 2 if two else 1]]
+        with DECODERS, Decoder(decoding_seconds(max_seconds)) as decoder:
+            picture = decoder.open(folder / reference, reference)
+            if not any(voices):
+                if not picture.moving:
+                    wanted = f"send a voice, or a video with sound as the {reference}"
+                    raise InputError("audio", f"no audio was sent; {wanted}.", "missing")
+                voices[0] = reference
             seconds = 0.0
-            for voice_name in voices:
-                if voice_name is not None:
+            for voice, param in zip(voices, VOICES, strict=False):
+                if voice is not None:
                     longest = 1 if request.max_seconds is not None else max_seconds + 1
-                    voice = read_voice(folder / voice_name, "audio" if voice_name == reference else voice_name, longest)
-                    lasts = len(voice) / SAMPLE_RATE
+                    lasts = decoder.voice_seconds(folder / voice, param, longest)
                     seconds = seconds + lasts if request.speakers.order == "in_turn" else max(seconds, lasts)
-            if request.max_seconds is None and seconds > max_seconds:
-                remedy = "send a shorter one, or end the video earlier with max_seconds"
-                raise InputError(
-                    "audio", f"audio lasts more than {max_seconds:g} s, the limit here; {remedy}.", "too_long"
-                )
-            if two:
-                speaker_regions(request.speakers.boxes or [None, None], inputs.source, inputs.size)
+        if request.max_seconds is None and seconds > max_seconds:
+            remedy = "send a shorter one, or end the video earlier with max_seconds"
+            raise InputError("audio", f"audio lasts more than {max_seconds:g} s, the limit here; {remedy}.", "too_long")
+        if two:
+            source = picture.height, picture.width
+            speaker_regions(request.speakers.boxes or [None, None], source, output_size(request.size, *source))
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -104,11 +112,29 @@ def lay_down(
     return {"request": request.model_dump(), "reference": reference, "voices": voices, "files": digests}
 
 
-def pick_up(spec: Mapping[str, Any], folder: Path) -> Inputs:
-    """The inputs of a job that `lay_down` specified."""
-    voices = [None if name is None else folder / name for name in spec["voices"]]
-    reference = read_reference(folder / spec["reference"], spec["reference"])
-    return Inputs(VideoRequest.judge(spec["request"]), reference, voices)
+def pick_up(spec: Mapping[str, Any], folder: Path, on_wait: Callable[[], None] = lambda: None) -> Inputs:
+    """The inputs of a job that `lay_down` specified. `on_wait` is called while something is decoded; it may raise."""
+    request = VideoRequest.judge(spec["request"])
+    with contextlib.ExitStack() as failed:
+        decoder = failed.enter_context(Decoder(RUNNER_SECONDS, on_wait))
+        pictures = decoder.open(folder / spec["reference"], spec["reference"])
+        reference = pictures if pictures.moving else pictures[0]
+        failed.pop_all()
+    return Inputs(request, reference, voice_files(spec, folder), decoder)
+
+
+def voice_files(spec: Mapping[str, Any], folder: Path) -> list[Path | None]:
+    """One per speaker; None for one who is silent."""
+    return [None if name is None else folder / name for name in spec["voices"]]
+
+
+def decoding_seconds(media_seconds: float) -> int:
+    """What one answer may cost while a request waits for it, in seconds of computing.
+
+    Ten times what decoding a voice of that length takes, three times what joining clips with it takes, and two minutes
+    for pictures (docs/PERFORMANCE.md).
+    """
+    return 120 + math.ceil(media_seconds / 10)
 
 
 def _digest(file: Path) -> str:

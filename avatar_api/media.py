@@ -271,8 +271,19 @@ def packets(container: InputContainer, stream: _Stream) -> "Iterator[Packet[_Str
 def _decoded(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
     """Decode all that can be: a damaged packet is left out."""
     for packet in packets(container, stream):
-        with contextlib.suppress(av.FFmpegError):
+        with damage_left_out():
             yield from packet.decode()
+
+
+@contextlib.contextmanager
+def damage_left_out() -> Iterator[None]:
+    """What cannot be decoded is passed over, but for want of memory: that would be silence where there is sound."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except av.FFmpegError:
+        pass
 
 
 def _one_format(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:

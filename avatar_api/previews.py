@@ -7,9 +7,10 @@ from pathlib import Path
 import av
 from PIL import Image
 
-from avatar_api.inputs import pick_up
+from avatar_api.decoder import Decoder
+from avatar_api.inputs import DECODERS, decoding_seconds, voice_files
 from avatar_api.jobs import FinishedClip, Job
-from avatar_api.media import VideoWriter
+from avatar_api.media import FRAMES_PER_SECOND
 from avatar_api.storage import Storage
 
 THUMBNAIL_SIDE = 512  # pixels, at most
@@ -25,12 +26,11 @@ def so_far(job: Job, clips: Sequence[FinishedClip], storage: Storage) -> Path | 
         return film
     segments = [str(clip.result["segment"]) for clip in clips]
     storage.obtain(job.id, *segments, *job.spec["files"])
-    with pick_up(job.spec, folder) as inputs:
-        height, width = inputs.size
-        draft = film.with_name(f"{film.name}.{os.getpid()}-{id(clips)}")
-        with VideoWriter(draft, width, height, inputs.voice_files, inputs.request.speakers.order) as writer:
-            for segment in segments:
-                writer.append(folder / segment)
+    draft = film.with_name(f"{film.name}.{os.getpid()}-{id(clips)}")
+    seconds = sum(clip.result["frames"] for clip in clips) / FRAMES_PER_SECOND
+    with DECODERS, Decoder(decoding_seconds(seconds)) as decoder:
+        voices, order = voice_files(job.spec, folder), job.spec["request"]["speakers"]["order"]
+        decoder.join(draft, [folder / segment for segment in segments], voices, order)
     draft.replace(film)
     return film
 

@@ -48,7 +48,7 @@ metrics.FAILURES.labels("generation_failed")
 
 
 class Stopping(Exception):  # noqa: N818 - no error: the process was asked to end
-    """Raised at a denoising step when the runner has no time left to finish the clip."""
+    """Raised when the runner has no time left to finish the clip, or what comes before and after the clips."""
 
 
 def load(
@@ -194,14 +194,14 @@ class _Run:
     def obtain(self, *names: str) -> None:
         self._insist(lambda: self.storage.obtain(self.claim.job.id, *names, on_bytes=self.check))
 
-    def write(self, act: Callable[[], None]) -> None:
+    def write(self, act: Callable[[], object]) -> None:
         """What is written took minutes of a GPU: it is not given up because the disk is full."""
         self._insist(act)
 
     def publish(self, *names: str) -> None:
         self._insist(lambda: self.storage.publish(self.claim.job.id, *names, on_bytes=self.check))
 
-    def _insist(self, act: Callable[[], None]) -> None:
+    def _insist(self, act: Callable[[], object]) -> None:
         """Again and again while the bucket is away or the disk full, for as long as an outage may last."""
         waits_since: float | None = None
         while True:
@@ -227,7 +227,7 @@ def _generate(run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str, Any]:
     claim.report({"stage": PREPARING})
     with _stage(PREPARING):
         run.obtain(*claim.job.spec["files"], *_needed(claim.clips))
-        picked_up = pick_up(claim.job.spec, run.folder)
+        picked_up = pick_up(claim.job.spec, run.folder, run.check)
     with picked_up as inputs:
         return _make(inputs, run, pipeline)
 
@@ -266,19 +266,12 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
                     raise Stopping
 
     claim.report({"stage": ENCODING, "percent": 100.0})
-    run.check()
     video = folder / f"video.{claim.epoch}.mp4"
+    segments = [str(finished.result["segment"]) for finished in claim.clips]
     frames = sum(finished.result["frames"] for finished in claim.clips)
-
-    def join() -> None:
-        height, width = inputs.size
-        with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
-            for finished in claim.clips:
-                writer.append(folder / finished.result["segment"])
-
     with _stage(ENCODING):
-        run.obtain(*claim.job.spec["files"], *(finished.result["segment"] for finished in claim.clips))
-        run.write(join)
+        run.obtain(*claim.job.spec["files"], *segments)
+        run.write(lambda: inputs.join(video, [folder / segment for segment in segments]))
     claim.report({"stage": UPLOADING, "percent": 100.0})
     with _stage(UPLOADING):
         run.publish(video.name)

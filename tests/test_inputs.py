@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from avatar_api.footage import Footage
+from avatar_api.decoder import Pictures
 from avatar_api.inputs import lay_down, pick_up
 from avatar_api.media import VideoWriter
 from avatar_api.requests import VideoRequest
@@ -45,21 +45,20 @@ def submit(folder: Path, values: dict[str, object], **files: Path) -> dict[str, 
 
 def test_one_voice_and_a_picture(files: dict[str, Path], tmp_path: Path) -> None:
     spec = submit(tmp_path / "job", {"steps": 3}, image=files["picture"], audio=files["first"])
-    inputs = pick_up(spec, tmp_path / "job")
-    assert np.array_equal(inputs.reference, PICTURE)
-    assert inputs.request.steps == 3
-    assert inputs.size == (64, 64)
-    (voice,) = inputs.read_voices()
-    assert voice is not None
-    assert len(voice) == 16000
-    assert inputs.scene_starts([voice]) == [0]
+    with pick_up(spec, tmp_path / "job") as inputs:
+        assert np.array_equal(inputs.reference, PICTURE)
+        assert inputs.request.steps == 3
+        (voice,) = inputs.read_voices()
+        assert voice is not None
+        assert len(voice) == 16000
+        assert inputs.scene_starts([voice]) == [0]
 
 
 def test_two_voices_and_boxes(files: dict[str, Path], tmp_path: Path) -> None:
     speakers = {"boxes": [[0, 0, 0.5, 1], [0.5, 0, 1, 1]], "order": "in_turn"}
     sent = {"image": files["picture"], "audio": files["first"], "audio_2": files["second"]}
-    inputs = pick_up(submit(tmp_path / "job", {"speakers": speakers}, **sent), tmp_path / "job")
-    assert [len(voice) for voice in inputs.read_voices() if voice is not None] == [16000, 32000]
+    with pick_up(submit(tmp_path / "job", {"speakers": speakers}, **sent), tmp_path / "job") as inputs:
+        assert [len(voice) for voice in inputs.read_voices() if voice is not None] == [16000, 32000]
     assert inputs.request.speakers.boxes == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
     assert [voice and voice.name for voice in inputs.voice_files] == ["audio", "audio_2"]
 
@@ -69,23 +68,24 @@ def test_of_two_speakers_one_may_be_silent(files: dict[str, Path], tmp_path: Pat
     speaks = ("audio_2", "audio")[silent]
     boxes = {"boxes": [None, None]}
     sent = {"image": files["picture"], speaks: files["first"]}
-    voices = pick_up(submit(tmp_path / "job", {"speakers": boxes}, **sent), tmp_path / "job").read_voices()
-    assert [voice is None for voice in voices] == [silent == 0, silent == 1]
+    with pick_up(submit(tmp_path / "job", {"speakers": boxes}, **sent), tmp_path / "job") as inputs:
+        assert [voice is None for voice in inputs.read_voices()] == [silent == 0, silent == 1]
 
 
 def test_a_video_speaks_with_its_own_sound_unless_a_voice_is_sent(files: dict[str, Path], tmp_path: Path) -> None:
-    own = pick_up(submit(tmp_path / "own", {}, image=files["film"]), tmp_path / "own")
-    given = pick_up(submit(tmp_path / "given", {}, image=files["film"], audio=files["first"]), tmp_path / "given")
-    assert isinstance(own.reference, Footage)
-    lengths = [len(voice) / 16000 for inputs in (own, given) for voice in inputs.read_voices() if voice is not None]
+    lengths = []
+    for name, sent in (("own", {}), ("given", {"audio": files["first"]})):
+        with pick_up(submit(tmp_path / name, {}, image=files["film"], **sent), tmp_path / name) as inputs:
+            assert isinstance(inputs.reference, Pictures)
+            lengths += [len(voice) / 16000 for voice in inputs.read_voices() if voice is not None]
     assert lengths == pytest.approx([3.2, 1], abs=0.05)
 
 
 def test_scenes_are_looked_for_where_they_are_asked_for(files: dict[str, Path], tmp_path: Path) -> None:
     for cuts, expected in ((False, [0]), (True, [0, 40])):
         folder = tmp_path / str(cuts)
-        inputs = pick_up(submit(folder, {"scene_cuts": cuts}, image=files["film"]), folder)
-        assert inputs.scene_starts(inputs.read_voices()) == expected
+        with pick_up(submit(folder, {"scene_cuts": cuts}, image=files["film"]), folder) as inputs:
+            assert inputs.scene_starts(inputs.read_voices()) == expected
 
 
 @pytest.mark.parametrize(
