@@ -119,6 +119,7 @@ def _generate(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, sh
     storage.obtain(job, *claim.job.spec["files"], *_needed(claim.clips))
 
     def go_on() -> None:
+        """Raises what there is to stop for."""
         claim.check()
         if shutdown.overdue:
             raise Stopping
