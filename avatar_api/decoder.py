@@ -165,7 +165,7 @@ class Decoder:
         return content
 
     def _read_array(self, dtype: str, shape: list[int]) -> NDArray[Any]:
-        if dtype not in ("uint8", "float32") or math.prod(shape) > MEMORY:
+        if dtype not in ("uint8", "float32") or math.prod(shape) * np.dtype(dtype).itemsize > MEMORY:
             raise DecoderError(f"The decoder answered with {dtype} {shape}.")
         array = np.empty(shape, dtype)
         if self._answers.readinto(array.reshape(-1).view(np.uint8).data) < array.nbytes:

@@ -1,5 +1,6 @@
 """Media decoded in a child: the same results, and no file that takes more than its own process down."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -21,7 +23,7 @@ from avatar_api import decoder as decoding
 from avatar_api.decoder import Decoder, DecoderError
 from avatar_api.footage import Footage, scene_starts
 from avatar_api.inputs import lay_down, pick_up
-from avatar_api.media import VideoWriter, read_voice
+from avatar_api.media import VideoWriter, damage_left_out, read_voice
 from avatar_api.requests import VideoRequest
 from infinitetalk.errors import InputError
 from tests.conftest import REPOSITORY, SmallDisk
@@ -179,6 +181,12 @@ class TestLimits:
             assert (refusal.value.param, refusal.value.code) == ("audio", "too_large")
             assert decoder.voice_seconds(bomb, "audio", 60) == 60, "and the child goes on"
 
+    def test_what_cannot_be_decoded_for_want_of_memory_is_not_left_out_as_damaged(self) -> None:
+        with damage_left_out():
+            raise av.error.InvalidDataError(1, "damaged")
+        with pytest.raises(MemoryError), damage_left_out():
+            raise av.error.MemoryError(12, "no memory")
+
     def test_a_picture_of_nearly_50_megapixels_fits(self, decoder: Decoder, tmp_path: Path) -> None:
         path = tmp_path / "large.png"
         Image.new("RGBA", (7000, 7000), (200, 100, 50, 255)).save(path, compress_level=1)
@@ -264,11 +272,16 @@ time.sleep(600)
         parent = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE)
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)  # it can do nothing about it itself
         assert not ended(pid)
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        wait_until(partial(ended, pid))
+        try:
+            wait_until(partial(ended, pid))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def test_what_is_raised_while_waiting_ends_the_child(self, bomb: Path) -> None:
         children: list[int] = []
