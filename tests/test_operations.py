@@ -168,11 +168,12 @@ def observed(
         headers = {"Authorization": f"Bearer {API_KEY}"}
         with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
             live(seen, client, JobStore(database), postgres, home)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
     finally:
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
     seen.log = log.read_text()
     yield seen
     seen.world.shutdown()
