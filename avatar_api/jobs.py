@@ -666,7 +666,8 @@ def _in_turn(queued: sa.ColumnElement[bool]) -> tuple[sa.Select[Any], list[sa.Co
 
 
 def _row(connection: Connection, job_id: str, columns: Sequence[Column[Any]]) -> _Row:
-    row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).first()
+    known = sa.select(*columns).where(jobs.c.id == job_id)
+    row = None if "\0" in job_id else connection.execute(known).first()  # PostgreSQL refuses such a text
     if row is None:
         raise JobNotFoundError(f"There is no job {job_id!r}.")
     return row
