@@ -399,6 +399,13 @@ class JobStore:
         with self._writing() as connection:
             connection.execute(sa.update(jobs).where(held).values(lease_until=0))
 
+    def last_completed(self, owner: str) -> Job | None:
+        """The job that a runner completed last, if it is still there."""
+        own = sa.select(*_JOB).where(jobs.c.state == COMPLETED, jobs.c.owner == owner)
+        with self._engine.connect() as connection:
+            row = connection.execute(own.order_by(jobs.c.finished_at.desc()).limit(1)).first()
+        return None if row is None else Job(*row)
+
     def claim(self, owner: str) -> "Claim | None":
         """Take the job whose turn it is; None when there is none.
 

@@ -55,6 +55,8 @@ def load(wan: Path, infinitetalk: Path, wav2vec2: Path, settings: ServiceSetting
 def work(store: JobStore, pipeline: InfiniteTalkPipeline, storage: Storage, owner: str, shutdown: Shutdown) -> None:
     """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any."""
     store.reclaim(owner)
+    if (last := store.last_completed(owner)) is not None:
+        _tidy(last.id, storage)  # its dead self may not have come so far
     while not shutdown.asked:
         try:
             claim = store.claim(owner)
@@ -96,11 +98,16 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
         logger.info("job %s: is now %s", job, state)
     else:
         logger.info("job %s: completed", job)
-        try:
-            for made in ("clip-", "so-far-"):  # they are in the video now
-                storage.discard(job, made)
-        except StorageError as error:  # they go with the job, when that is deleted
-            logger.warning("job %s: what it does not need any more stays: %s", job, error)
+        _tidy(job, storage)
+
+
+def _tidy(job: str, storage: Storage) -> None:
+    """Delete what a completed job does not need any more: its pieces are in the video now."""
+    try:
+        for made in ("clip-", "so-far-"):
+            storage.discard(job, made)
+    except StorageError as error:  # they go with the job, when that is deleted
+        logger.warning("job %s: what it does not need any more stays: %s", job, error)
 
 
 def error_object(error: Exception) -> dict[str, Any]:
@@ -155,6 +162,8 @@ def _make(
 
     claim.report({"stage": ENCODING, "percent": 100.0})
     claim.check()
+    if claim.epoch > 1:
+        storage.discard(claim.job.id, "video.")  # of runners that were killed while they joined the clips
     video = folder / f"video.{claim.epoch}.mp4"
     height, width = inputs.size
     with VideoWriter(video, width, height, inputs.voice_files, request.speakers.order) as writer:
