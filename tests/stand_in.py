@@ -1,8 +1,8 @@
 """A pipeline that takes no time, for proofs about everything around it: jobs, files, HTTP, kills.
 
-It takes the arguments of `InfiniteTalkPipeline.generate` and yields its clips; its pictures are noise instead of people.
-Each clip's depend on the seed and on the state that the one before left, as the model's do: a video that was begun
-again in the wrong place, or from the wrong state, is another video.
+It takes the arguments of `InfiniteTalkPipeline.generate` and yields its clips; its pictures are noise instead of
+people. Each clip's depend on the seed and on the state that the one before left, as the model's do: a video that was
+begun again in the wrong place, or from the wrong state, is another video.
 """
 
 import time

@@ -1,6 +1,6 @@
 """The product in processes that can be killed hundreds of times in minutes, and come up again.
 
-    python -m tests.supervised PORT NOTES     with AVATAR_HOME and the other settings in the environment
+    python -m tests.supervised PORT NOTES CLEAN     with AVATAR_HOME and the other settings in the environment
 
 runs an API process and some runners, and starts again what has died: a supervisor that imports everything once and
 forks, since importing takes a runner seconds. The API is avatar_api's over uvicorn, a runner is avatar_api.worker with
@@ -24,6 +24,7 @@ from typing import Any, Self
 import psutil  # type: ignore[import-untyped]
 import uvicorn
 
+from avatar_api import housekeeping
 from avatar_api.auth import Authenticated
 from avatar_api.housekeeping import Housekeeper
 from avatar_api.http import OneErrorShape, adapt_forms, create_app
@@ -51,12 +52,13 @@ class Backend:
     storage: Storage
 
 
-def serve(settings: ServiceSettings, port: int) -> None:
+def serve(settings: ServiceSettings, port: int, clean_seconds: float) -> None:
     """An API process, put together as service.py does it."""
     backend = Backend(settings, JobStore(settings.database, JOBS), open_storage(settings))
     Webhooks(
         backend.store, settings, lambda job: describe(job, settings.keep_days, None).model_dump(), WEBHOOKS
     ).start()
+    housekeeping.EVERY_SECONDS = clean_seconds
     Housekeeper(backend.store, backend.storage, settings).start()
 
     async def ready() -> bool:
@@ -75,7 +77,7 @@ def run_jobs(settings: ServiceSettings, notes: Path) -> None:
     work(JobStore(settings.database, JOBS), StandIn(notes), open_storage(settings), owner, shutdown)  # type: ignore[arg-type]
 
 
-def supervise(port: int, notes: Path) -> None:
+def supervise(port: int, notes: Path, clean_seconds: float) -> None:
     """Fork, and fork again whoever is killed, until SIGTERM or an error. Tells who is who: a line `<role> <pid>`."""
     settings = ServiceSettings()
     roles: dict[int, str] = {}
@@ -85,7 +87,7 @@ def supervise(port: int, notes: Path) -> None:
         if child == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:
-                serve(settings, port) if role == "api" else run_jobs(settings, notes)
+                serve(settings, port, clean_seconds) if role == "api" else run_jobs(settings, notes)
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
@@ -111,8 +113,9 @@ def supervise(port: int, notes: Path) -> None:
 class Supervised:
     """A context manager: within it the product runs at `url`."""
 
-    def __init__(self, home: Path, **settings: object) -> None:
-        """settings: of the service, by their names."""
+    def __init__(self, home: Path, clean_seconds: float = housekeeping.EVERY_SECONDS, **settings: object) -> None:
+        """clean_seconds: how often the housekeeper comes; settings: of the service, by their names."""
+        self._clean_seconds = clean_seconds
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
@@ -128,6 +131,7 @@ class Supervised:
         self.notes.touch()
         environment = {**os.environ, **self._environment, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.supervised", str(self._port), str(self.notes)]
+        command.append(str(self._clean_seconds))
         self._log = (self.home / "log").open("wb")
         self._process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
@@ -177,4 +181,4 @@ class Supervised:
 
 if __name__ == "__main__":
     tempfile.tempdir = os.environ["TMPDIR"]
-    supervise(int(sys.argv[1]), Path(sys.argv[2]))
+    supervise(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
