@@ -1,4 +1,4 @@
-# One command each: demo (a video from nothing), serve, test, lint, bench, lock, clean.
+# One command each: demo (a video from nothing), serve, test, lint, bench, proof, lock, clean.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +17,7 @@ export BENTOML_DO_NOT_TRACK = 1
 # They listen on 127.0.0.1 only, so whoever is here may use them.
 export AVATAR_AUTH ?= off
 
-.PHONY: demo serve test lint format bench lock clean
+.PHONY: demo serve test lint format bench proof lock clean
 
 demo: .venv/installed $(MODELS)
 	$(BIN)/python scripts/demo.py
@@ -45,6 +45,13 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.quantization_error
 	$(BIN)/python -m benchmarks.job_store
 	$(BIN)/python -m benchmarks.long_video --minutes 3 --size 32x32
+
+# That jobs survive, at full length: the better part of an hour.
+proof: .venv/installed
+	$(BIN)/python -m benchmarks.kills
+	$(BIN)/python -m benchmarks.mutations
+	$(BIN)/python -m benchmarks.clients
+	$(BIN)/python -m benchmarks.day
 
 .venv/installed: pyproject.toml requirements.lock requirements-dev.lock
 	$(PYTHON) -m venv .venv

@@ -5,8 +5,9 @@ An error is always `{"error": {"type", "code", "message", "param"}}`; BentoML's 
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partialmethod
+from contextlib import suppress
 from http import HTTPStatus
+from itertools import chain
 from typing import Any
 
 from _bentoml_impl.serde import MultipartSerde
@@ -14,11 +15,16 @@ from bentoml.exceptions import InvalidArgument
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.datastructures import MutableHeaders, UploadFile
+from pydantic import ValidationError
+from starlette.datastructures import FormData, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avatar_api import metrics
+from infinitetalk.errors import InputError
 
 PAGES = ("text/html", "text/css", "text/javascript", "application/javascript")
 
@@ -42,7 +48,12 @@ def create_app(
     for router in routers:
         app.include_router(router)
 
-    @app.get("/ping", tags=["health"], status_code=200, responses={204: {"description": "The models are loading."}})
+    states: dict[int | str, dict[str, Any]] = {
+        200: {"description": "The models are loaded."},
+        204: {"description": "They are loading."},
+    }
+
+    @app.get("/ping", tags=["health"], summary="Is it ready?", response_class=Response, responses=states)
     async def ping() -> Response:
         """204 while the models are loading, 200 when they are ready: what load balancers on RunPod expect."""
         return Response(status_code=HTTPStatus.OK if await ready() else HTTPStatus.NO_CONTENT)
@@ -64,25 +75,53 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
         status = HTTPStatus(error.status_code)
-        return error_response(status, f"{request.method} {request.url.path}: {status.phrase}.", status.name.lower())
+        path = request.url.path
+        message = f"{request.method} {path}: {status.phrase}."
+        answer = error_response(status, message, status.name.lower())
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette's own answer knows one route only
+            every = chain(app.routes, *(router.routes for router in routers))
+            routes = [route for route in every if isinstance(route, Route)]
+            methods = {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
+            answer.headers["Allow"] = ", ".join(sorted(methods))
+        return answer
 
     return app
 
 
 def adapt_forms(max_part_bytes: int) -> None:
-    """Mend two ways of BentoML with multipart forms; call it once, before serving.
+    """Mend some ways of BentoML with multipart forms; call it once, before serving.
 
-    A text where a file belongs is refused: BentoML would take it for a URL and fetch it from here. And a text may be
-    as long as the whole request: beyond Starlette's 1 MiB, BentoML answers 500.
+    A text where a file belongs is refused: BentoML would take it for a URL and fetch it from here. A text may be as
+    long as the whole request: beyond Starlette's 1 MiB, BentoML answers 500, as it does to a form that cannot be read.
+    A file's name is dropped: BentoML would make it part of a path.
     """
+    read_form, parse_request = Request.form, MultipartSerde.parse_request
+
+    async def form(request: Request, **limits: Any) -> FormData:
+        try:
+            return await read_form(request, max_part_size=max_part_bytes, **limits)
+        except (HTTPException, MultiPartException) as error:
+            said = error.detail if isinstance(error, HTTPException) else error.message
+            raise InputError("body", f"The form cannot be read ({said.rstrip('.')}); send it whole.") from None
+
+    async def parse(serde: MultipartSerde, request: Request, form_model: Any) -> Any:
+        try:
+            return await parse_request(serde, request, form_model)
+        except ValidationError:
+            raise
+        except (ValueError, RecursionError) as error:  # in a field that BentoML tries to read as JSON
+            message = str(error) if isinstance(error, InputError) else f"A field of the form cannot be read: {error}."
+            raise InvalidArgument(message) from error
 
     async def only_files(part: str | UploadFile) -> UploadFile:
         if isinstance(part, UploadFile):
+            part.filename = "upload"
             return part
         raise InvalidArgument(f"A form field that takes a file holds a text ({part[:40]!r}); send the file itself.")
 
     MultipartSerde.ensure_file = staticmethod(only_files)
-    Request.form = partialmethod(Request.form, max_part_size=max_part_bytes)  # type: ignore[method-assign, assignment]
+    MultipartSerde.parse_request = parse
+    Request.form = form  # type: ignore[method-assign, assignment]
 
 
 class OneErrorShape:
@@ -98,12 +137,17 @@ class OneErrorShape:
             return
         started: Message | None = None
         body = b""
-        received = 0
+        received, more = 0, True
 
-        async def limited() -> Message:
-            nonlocal received
+        async def counted() -> Message:
+            nonlocal received, more
             message = await receive()
             received += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            return message
+
+        async def limited() -> Message:
+            message = await counted()
             if received > self.max_upload_bytes:
                 raise _TooLarge
             return message
@@ -121,9 +165,11 @@ class OneErrorShape:
                 if not message.get("more_body"):
                     await self._send(started, body, scope, receive, send)
 
-        try:
+        with suppress(_TooLarge, ClientDisconnect):  # who goes away in mid-body gets no answer; BentoML catches both
             await self.app(scope, limited, reshaped)
-        except _TooLarge:
+        if received > self.max_upload_bytes:
+            while more and received < 2 * self.max_upload_bytes:  # many callers read nothing until they have sent all
+                await counted()
             limit = f"{self.max_upload_bytes / 2**20:.0f} MiB"
             answer = error_response(413, f"The request is larger than {limit}; send smaller files.", "too_large")
             await answer(scope, receive, send)
@@ -139,7 +185,11 @@ class OneErrorShape:
             return
         answer = _translated(started["status"], content, scope)
         answer.headers.update(
-            {name.decode(): value.decode() for name, value in started["headers"] if name[:2] == b"x-"}
+            {
+                name.decode(): value.decode("latin-1")
+                for name, value in started["headers"]
+                if name[:2] == b"x-" or name == b"allow"
+            }
         )
         await answer(scope, receive, send)
 

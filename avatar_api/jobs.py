@@ -440,6 +440,13 @@ class JobStore:
         with self._writing() as connection:
             connection.execute(sa.update(jobs).where(held).values(lease_until=0))
 
+    def last_completed(self, owner: str) -> Job | None:
+        """The job that a runner completed last, if it is still there."""
+        own = sa.select(*_JOB).where(jobs.c.state == COMPLETED, jobs.c.owner == owner)
+        with self._engine.connect() as connection:
+            row = connection.execute(own.order_by(jobs.c.finished_at.desc()).limit(1)).first()
+        return None if row is None else Job(*row)
+
     def claim(self, owner: str) -> "Claim | None":
         """Take the job whose turn it is; None when there is none.
 
@@ -722,7 +729,8 @@ def _in_turn(queued: sa.ColumnElement[bool]) -> tuple[sa.Select[Any], list[sa.Co
 
 
 def _row(connection: Connection, job_id: str, columns: Sequence[Column[Any]]) -> _Row:
-    row = connection.execute(sa.select(*columns).where(jobs.c.id == job_id)).first()
+    known = sa.select(*columns).where(jobs.c.id == job_id)
+    row = None if "\0" in job_id else connection.execute(known).first()  # PostgreSQL refuses such a text
     if row is None:
         raise JobNotFoundError(f"There is no job {job_id!r}.")
     return row

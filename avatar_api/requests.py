@@ -80,7 +80,7 @@ class VideoRequest(BaseModel):
             return speakers
         try:
             return json.loads(speakers or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = f'speakers is not JSON ({error}); send {{"boxes": [[left, top, right, bottom], …], "order": …}}.'
             raise InputError("speakers", message) from None
 

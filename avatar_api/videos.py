@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request, Security
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
-from pydantic import BaseModel, Field
+from fastapi.security import APIKeyHeader, HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData, UploadFile
 
 from avatar_api import outgoing, previews, tracing
@@ -54,6 +55,79 @@ HEARTBEAT_SECONDS = 15.0  # of silence, after which an event stream says that it
 FOLLOW_SECONDS = 0.25  # how often an event stream looks
 
 
+AN_ID = "video_0123456789abcdef01234567"
+A_VIDEO: dict[str, Any] = {
+    "id": AN_ID,
+    "object": "video",
+    "model": MODEL,
+    "status": "in_progress",
+    "progress": 37,
+    "created_at": 1795000000,
+    "started_at": 1795000002,
+    "completed_at": None,
+    "expires_at": None,
+    "prompt": "A woman talks.",
+    "size": "480p",
+    "seconds": None,
+    "seed": 42,
+    "stage": "generating",
+    "queue_position": None,
+    "clip": 1,
+    "clips": 2,
+    "step": 30,
+    "steps": 40,
+    "eta_seconds": 410.5,
+    "error": None,
+    "remixed_from_video_id": None,
+}
+LINKS = {  # what the new video's id is for
+    name: {"operationId": f"{name}", "parameters": {"video_id": "$response.body#/id"}}
+    for name in ("retrieve", "content", "events", "cancel", "delete")
+}
+EVENTS = f'id: 1\nevent: clip\ndata: {{"id": "{AN_ID}", "clip": 1, "frames": 72, …}}\n\n'
+
+REFUSALS: dict[int, tuple[str, str, str, str | None]] = {  # status: when, and an example's message, code and parameter
+    400: (
+        "A value or a file cannot be used.",
+        "size is '3x3'; width and height must be multiples of 16 pixels.",
+        "invalid_value",
+        "size",
+    ),
+    401: (
+        "The API key is missing or not known.",
+        "The API key is missing or not known; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.",
+        "invalid_api_key",
+        None,
+    ),
+    404: ("There is no such video of yours.", f"There is no video {AN_ID!r}.", "not_found", "video_id"),
+    409: (
+        "Not in this state of the video, or the idempotency key is another request's.",
+        f"Video {AN_ID!r} is queued; its content is there when it is completed.",
+        "not_ready",
+        None,
+    ),
+    413: ("The request is too large.", "The request is larger than 500 MiB; send smaller files.", "too_large", None),
+    422: (
+        "A parameter of the query, or a header, is wrong.",
+        "limit is '0'; it should be greater than or equal to 1.",
+        "invalid_value",
+        "limit",
+    ),
+    429: (
+        "The queue is full; `Retry-After` says when to come back.",
+        "1000 videos are waiting already, which is the limit here; try again later.",
+        "queue_full",
+        None,
+    ),
+    503: (
+        "The database or the storage is away; `Retry-After` says when to come back.",
+        "The database or the storage is away; try again in a minute.",
+        "unavailable",
+        None,
+    ),
+}
+
+
 class Backend(Protocol):
     """What the routes work on."""
 
@@ -77,6 +151,8 @@ class Error(BaseModel):
 
 class Video(BaseModel):
     """A video, made or in the making."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [A_VIDEO]})
 
     id: str
     object: Literal["video"] = "video"
@@ -218,12 +294,21 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
         return Videos(backend(), client_of(request))
 
     api = Annotated[Videos, Depends(videos)]
-    refusals: dict[int | str, dict[str, Any]] = {
-        status: {"model": Error} for status in (400, 401, 404, 409, 413, 422, 429, 503)
-    }
-    router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=refusals)
+    keys = [Security(HTTPBearer(auto_error=False)), Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
+    router = APIRouter(  # the keys are for the description: `Authenticated` has looked at them
+        prefix="/v1/videos",
+        tags=["videos"],
+        dependencies=keys,
+        responses=_refusals(401, 422, 503),
+        generate_unique_id_function=lambda route: route.name,
+    )
 
-    @router.post("", openapi_extra={"requestBody": _request_body()}, summary="Make a video")
+    @router.post(
+        "",
+        openapi_extra={"requestBody": _request_body()},
+        summary="Make a video",
+        responses=_refusals(400, 409, 413, 422, 429) | {200: {"links": LINKS}},
+    )
     async def create(
         request: Request, api: api, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
     ) -> Video:
@@ -236,7 +321,7 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
                 await form.close()
         return Video(**await asyncio.to_thread(api.describe, job))
 
-    @router.get("", summary="List videos, newest first")
+    @router.get("", summary="List videos, newest first", responses=_refusals(404, 422))
     async def page(
         api: api,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -245,7 +330,7 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
     ) -> VideoPage:
         return VideoPage(**await asyncio.to_thread(api.page, limit, after, order))
 
-    @router.get("/{video_id}", summary="How a video is getting on")
+    @router.get("/{video_id}", summary="How a video is getting on", responses=_refusals(404))
     async def retrieve(video_id: str, api: api) -> Video:
         job = await asyncio.to_thread(api.get, video_id)
         return Video(**await asyncio.to_thread(api.describe, job))
@@ -254,7 +339,12 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
         "/{video_id}/content",
         summary="The video itself",
         response_class=FileResponse,
-        responses={200: {"content": {"video/mp4": {}, "image/jpeg": {}}}, 302: {"description": "It lies in a bucket."}},
+        responses=_refusals(404, 409, 422)
+        | {
+            200: {"description": "The file.", "content": {"video/mp4": {}, "image/jpeg": {}}},
+            206: {"description": "The part of it that `Range` asks for.", "content": {"video/mp4": {}}},
+            302: {"description": "It lies in a bucket: `Location` is where."},
+        },
     )
     async def content(
         video_id: str,
@@ -269,7 +359,8 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
         "/{video_id}/events",
         summary="Follow a video (server-sent events)",
         response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}}},
+        responses=_refusals(404, 422)
+        | {200: {"description": "Events until the end.", "content": {"text/event-stream": {"example": EVENTS}}}},
     )
     async def events(
         video_id: str, api: api, last_event_id: Annotated[str | None, Header(max_length=100)] = None
@@ -282,14 +373,14 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
         stream = _events(api, video_id, _clips_seen(last_event_id))
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    @router.post("/{video_id}/cancel", summary="Stop making a video")
+    @router.post("/{video_id}/cancel", summary="Stop making a video", responses=_refusals(404))
     async def cancel(video_id: str, api: api) -> Video:
         """Noticed within a denoising step; what is finished can still be had with `?partial=true`."""
         await asyncio.to_thread(api.get, video_id)
         job = await asyncio.to_thread(api.backend.store.cancel, video_id)
         return Video(**await asyncio.to_thread(api.describe, job))
 
-    @router.delete("/{video_id}", summary="Delete a finished video and its files")
+    @router.delete("/{video_id}", summary="Delete a finished video and its files", responses=_refusals(404, 409))
     async def delete(video_id: str, api: api) -> DeletedVideo:
         await asyncio.to_thread(api.delete, video_id)
         return DeletedVideo(id=video_id)
@@ -428,6 +519,21 @@ def _event(kind: str, data: Any, seen: int) -> str:
 
 def _clips_seen(last_event_id: str | None) -> int:
     return int(last_event_id) if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 10 else 0
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Error answers in OpenAPI."""
+    return {
+        status: {
+            "model": Error,
+            "description": description,
+            "content": {
+                "application/json": {"example": json.loads(bytes(error_response(status, message, code, param).body))}
+            },
+        }
+        for status, (description, message, code, param) in REFUSALS.items()
+        if status in statuses
+    }
 
 
 def _request_body() -> dict[str, Any]:

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 OUTAGE_WAIT = 2.0  # seconds between questions to a database or a bucket that is away, or to a disk that is full
 
+PIECES = ("clip-", "so-far-")
+"""What the names of files begin with that a finished video has in it."""
+
 TOO_LARGE = {
     "type": "server_error",
     "code": "out_of_memory",
@@ -87,6 +90,8 @@ def work(
     """
     usual = pipeline.preset
     store.reclaim(owner)
+    if (last := store.last_completed(owner)) is not None:
+        _tidy(last.id, storage, *PIECES)  # its dead self may not have come so far
     while not shutdown.asked:
         try:
             claim = store.claim(owner)
@@ -154,12 +159,17 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
         logger.info("job %s: is now %s", job, state)
     else:
         logger.info("job %s: completed", job)
-        try:
-            for made in ("clip-", "so-far-"):  # they are in the video now
-                storage.discard(job, made)
-        except StorageError as error:  # they go with the job, when that is deleted
-            logger.warning("job %s: what it does not need any more stays: %s", job, error)
+        _tidy(job, storage, *PIECES)
     return True
+
+
+def _tidy(job: str, storage: Storage, *beginnings: str) -> None:
+    """Delete the files of a job that begin so, which it does not need any more."""
+    try:
+        for made in beginnings:
+            storage.discard(job, made)
+    except StorageError as error:  # they go with the job, when that is deleted
+        logger.warning("job %s: what it does not need any more stays: %s", job, error)
 
 
 def error_object(error: Exception) -> dict[str, Any]:
@@ -266,6 +276,8 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
                     raise Stopping
 
     claim.report({"stage": ENCODING, "percent": 100.0})
+    if claim.epoch > 1:
+        _tidy(claim.job.id, run.storage, "video.")  # of runners that were killed while they joined the clips
     video = folder / f"video.{claim.epoch}.mp4"
     segments = [str(finished.result["segment"]) for finished in claim.clips]
     frames = sum(finished.result["frames"] for finished in claim.clips)

@@ -232,6 +232,12 @@ def test_one_key_sent_many_times_at_once_is_one_job(database: Database, store: J
     assert len(set(first)) == 25 == len(store.page(limit=100))
 
 
+def test_an_id_that_the_database_cannot_hold_is_not_found(store: JobStore) -> None:
+    for ask in (store.get, store.cancel, store.delete, store.position, lambda job_id: store.page(after=job_id)):
+        with pytest.raises(JobNotFoundError):
+            ask("a\0b")
+
+
 def test_pages_go_through_all_jobs_newest_first(store: JobStore) -> None:
     ids = [store.submit({}).id for _ in range(5)]
     assert [job.id for job in store.page(limit=2)] == [ids[4], ids[3]]
