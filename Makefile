@@ -28,8 +28,9 @@ demo: .venv/installed $(MODELS)
 serve: .venv/installed $(MODELS)
 	BENTOML_CONFIG=configuration.yaml $(BIN)/bentoml serve --host 127.0.0.1 --port $(PORT)
 
+# Two files of tests at a time: more would stand in each other's way.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
