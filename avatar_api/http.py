@@ -31,9 +31,12 @@ PAGES = ("text/html", "text/css", "text/javascript", "application/javascript")
 
 def error_response(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
     metrics.ERRORS.labels(code).inc()
+    return JSONResponse(error_body(status, message, code, param), status_code=status)
+
+
+def error_body(status: int, message: str, code: str, param: str | None) -> dict[str, dict[str, str | None]]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"type": kind, "code": code, "message": message, "param": param}}
-    return JSONResponse(body, status_code=status)
+    return {"error": {"type": kind, "code": code, "message": message, "param": param}}
 
 
 def create_app(

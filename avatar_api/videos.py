@@ -23,7 +23,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from avatar_api import outgoing, previews, tracing
 from avatar_api.auth import client_of
-from avatar_api.http import error_response
+from avatar_api.http import error_body, error_response
 from avatar_api.inputs import Source, lay_down
 from avatar_api.jobs import (
     CANCELLED,
@@ -84,6 +84,7 @@ LINKS = {  # what the new video's id is for
     name: {"operationId": f"{name}", "parameters": {"video_id": "$response.body#/id"}}
     for name in ("retrieve", "content", "events", "cancel", "delete")
 }
+UNAVAILABLE = "The database or the storage is away, or its disk is full; try again in a minute."
 EVENTS = f'id: 1\nevent: clip\ndata: {{"id": "{AN_ID}", "clip": 1, "frames": 72, …}}\n\n'
 
 REFUSALS: dict[int, tuple[str, str, str, str | None]] = {  # status: when, and an example's message, code and parameter
@@ -121,7 +122,7 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {  # status: when, and a
     ),
     503: (
         "The database or the storage is away; `Retry-After` says when to come back.",
-        "The database or the storage is away; try again in a minute.",
+        UNAVAILABLE,
         "unavailable",
         None,
     ),
@@ -414,8 +415,7 @@ def refuse(error: Exception) -> JSONResponse:
         answer = error_response(429, str(error), "queue_full")
     else:
         logger.error("%s: %s", type(error).__name__, error, exc_info=isinstance(error, OSError))
-        message = "The database or the storage is away, or its disk is full; try again in a minute."
-        answer = error_response(503, message, "unavailable")
+        answer = error_response(503, UNAVAILABLE, "unavailable")
     answer.headers["Retry-After"] = str(RETRY_SECONDS)
     return answer
 
@@ -527,9 +527,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {
             "model": Error,
             "description": description,
-            "content": {
-                "application/json": {"example": json.loads(bytes(error_response(status, message, code, param).body))}
-            },
+            "content": {"application/json": {"example": error_body(status, message, code, param)}},
         }
         for status, (description, message, code, param) in REFUSALS.items()
         if status in statuses
