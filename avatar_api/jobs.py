@@ -317,7 +317,7 @@ class JobStore:
 
     def clips(self, job_id: str, after: int = -1) -> list[FinishedClip]:
         """The finished clips with an index greater than `after`, in order; none for an unknown job."""
-        mine = clips.join(jobs).select().with_only_columns(*_CLIP).where(jobs.c.id == job_id, clips.c.index > after)
+        mine = clips.join(jobs).select().with_only_columns(*_CLIP).where(_named(job_id), clips.c.index > after)
         with self._engine.connect() as connection:
             return [FinishedClip(*row) for row in connection.execute(mine.order_by(clips.c.index))]
 
@@ -374,7 +374,7 @@ class JobStore:
         A finished job stays as it is. Raises JobNotFoundError.
         """
         idle = jobs.c.lease_until < self._now  # queued, or its runner is dead
-        stop = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state.not_in(FINISHED))
+        stop = sa.update(jobs).where(_named(job_id), jobs.c.state.not_in(FINISHED))
         state, finished_at = sa.case((idle, CANCELLED), else_=jobs.c.state), sa.case((idle, self._now))
         stop = stop.values(cancel_requested=True, state=state, finished_at=finished_at).returning(jobs.c.state)
         with self._writing() as connection:
@@ -402,7 +402,7 @@ class JobStore:
 
     def delete(self, job_id: str) -> None:
         """Forget a finished job; its files are the caller's to delete. Raises JobNotFoundError, JobNotFinishedError."""
-        finished = sa.delete(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(FINISHED)).returning(jobs.c.seq)
+        finished = sa.delete(jobs).where(_named(job_id), jobs.c.state.in_(FINISHED)).returning(jobs.c.seq)
         with self._writing() as connection:
             if connection.execute(finished).first() is None:
                 (state,) = _row(connection, job_id, [jobs.c.state])
@@ -728,9 +728,13 @@ def _in_turn(queued: sa.ColumnElement[bool]) -> tuple[sa.Select[Any], list[sa.Co
     return queue, [jobs.c.priority.desc(), numbered.c.number + sa.func.coalesce(busy.c.jobs, 0), jobs.c.seq]
 
 
+def _named(job_id: str) -> sa.ColumnElement[bool]:
+    """That a job has this id; none has one with a NUL, and PostgreSQL refuses such a text."""
+    return sa.false() if "\0" in job_id else jobs.c.id == job_id
+
+
 def _row(connection: Connection, job_id: str, columns: Sequence[Column[Any]]) -> _Row:
-    known = sa.select(*columns).where(jobs.c.id == job_id)
-    row = None if "\0" in job_id else connection.execute(known).first()  # PostgreSQL refuses such a text
+    row = connection.execute(sa.select(*columns).where(_named(job_id))).first()
     if row is None:
         raise JobNotFoundError(f"There is no job {job_id!r}.")
     return row
