@@ -1,10 +1,11 @@
-# One command each: demo (a video from nothing), serve, test, lint, bench, lock, clean.
+# One command each: demo (a video from nothing), serve, test, lint, bench, protos, lock, clean.
 
 PYTHON ?= python3
 BIN := .venv/bin
 SNAPSHOTS := .avatar/snapshots
 MODELS := .avatar/models
 PORT ?= 3000
+GRPC_PORT ?= 3001
 
 # OpenMP threads that spin while they wait slow each other down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,7 +18,7 @@ export BENTOML_DO_NOT_TRACK = 1
 # They listen on 127.0.0.1 only, so whoever is here may use them.
 export AVATAR_AUTH ?= off
 
-.PHONY: demo serve test lint format bench lock clean
+.PHONY: demo serve test lint format bench protos lock clean
 
 demo: .venv/installed $(MODELS)
 	$(BIN)/python scripts/demo.py
@@ -26,7 +27,8 @@ demo: .venv/installed $(MODELS)
 	@echo "Next: 'make serve' serves the same models on port $(PORT); README.md has the calls, and the way to real models."
 
 serve: .venv/installed $(MODELS)
-	BENTOML_CONFIG=configuration.yaml $(BIN)/bentoml serve --host 127.0.0.1 --port $(PORT)
+	BENTOML_CONFIG=configuration.yaml AVATAR_GRPC_PORT=$(GRPC_PORT) \
+		$(BIN)/bentoml serve --host 127.0.0.1 --port $(PORT)
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -45,6 +47,10 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.quantization_error
 	$(BIN)/python -m benchmarks.job_store
 	$(BIN)/python -m benchmarks.long_video --minutes 3 --size 32x32
+
+# The generated code is checked in, so that nobody but who changes a .proto needs the compiler.
+protos: .venv/installed
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. avatar_api/protos/*.proto
 
 .venv/installed: pyproject.toml requirements.lock requirements-dev.lock
 	$(PYTHON) -m venv .venv

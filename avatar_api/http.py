@@ -19,10 +19,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-def error_response(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+def error_object(status: int, message: str, code: str, param: str | None = None) -> dict[str, str | None]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"type": kind, "code": code, "message": message, "param": param}}
-    return JSONResponse(body, status_code=status)
+    return {"type": kind, "code": code, "message": message, "param": param}
+
+
+def error_response(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+    return JSONResponse({"error": error_object(status, message, code, param)}, status_code=status)
 
 
 def create_app(
