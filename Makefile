@@ -1,10 +1,11 @@
-# One command each: demo (a video from nothing), serve, test, lint, bench, proof, lock, clean.
+# One command each: demo (a video from nothing), serve, test, lint, bench, proof, protos, lock, clean.
 
 PYTHON ?= python3
 BIN := .venv/bin
 SNAPSHOTS := .avatar/snapshots
 MODELS := .avatar/models
 PORT ?= 3000
+GRPC_PORT ?= 3001
 
 # OpenMP threads that spin while they wait slow each other down on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,7 +18,7 @@ export BENTOML_DO_NOT_TRACK = 1
 # They listen on 127.0.0.1 only, so whoever is here may use them.
 export AVATAR_AUTH ?= off
 
-.PHONY: demo serve test lint format bench proof lock clean
+.PHONY: demo serve test lint format bench proof protos lock clean
 
 demo: .venv/installed $(MODELS)
 	$(BIN)/python scripts/demo.py
@@ -26,7 +27,8 @@ demo: .venv/installed $(MODELS)
 	@echo "Next: 'make serve' serves the same models on port $(PORT); README.md has the calls, and the way to real models."
 
 serve: .venv/installed $(MODELS)
-	BENTOML_CONFIG=configuration.yaml $(BIN)/bentoml serve --host 127.0.0.1 --port $(PORT)
+	BENTOML_CONFIG=configuration.yaml AVATAR_GRPC_PORT=$(GRPC_PORT) \
+		$(BIN)/bentoml serve --host 127.0.0.1 --port $(PORT)
 
 # Two files of tests at a time: more would stand in each other's way.
 test: .venv/installed
@@ -53,6 +55,10 @@ proof: .venv/installed
 	$(BIN)/python -m benchmarks.mutations
 	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.day
+
+# The generated code is checked in, so that nobody but who changes a .proto needs the compiler.
+protos: .venv/installed
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. avatar_api/protos/*.proto
 
 .venv/installed: pyproject.toml requirements.lock requirements-dev.lock
 	$(PYTHON) -m venv .venv

@@ -20,20 +20,21 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
 from bentoml.validators import ContentType, FileSchema
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BeforeValidator
 
-from avatar_api import logs, metrics
-from avatar_api.auth import Authenticated, client_of
+from avatar_api import grpc_server, logs, metrics
+from avatar_api.auth import Authenticated, Keys, client_of
+from avatar_api.grpc_server import GrpcServer
 from avatar_api.housekeeping import Housekeeper
-from avatar_api.http import OneErrorShape, SecurityHeaders, adapt_forms, create_app, error_response
+from avatar_api.http import OneErrorShape, SecurityHeaders, adapt_forms, create_app
 from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, FINISHED, OUTAGES, STATES, Job, JobStore, runner_name
 from avatar_api.requests import DEFAULTS
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import open_storage
-from avatar_api.videos import REFUSABLE, Videos, create_router, describe, refuse
+from avatar_api.videos import REFUSABLE, Videos, answer, create_router, describe, failure, refuse
 from avatar_api.webhooks import Webhooks
 from infinitetalk.errors import CheckpointError, InputError, RankError
 
@@ -43,7 +44,7 @@ logs.set_up(ServiceSettings().log_format)
 LONGEST_CALL = 7 * 24 * 3600  # seconds until the first byte: a call of generate() waits for its video
 POLL_SECONDS = 0.1  # how often such a call looks for its video, and whether its caller is still there
 SCRAPE_SECONDS = 5.0  # how long Prometheus, who waits for ten, waits for the database
-GRACE_SECONDS = 20.0  # what a clip in the making may take after SIGTERM before its job goes back to the queue
+GRACE_SECONDS = 20.0  # after SIGTERM: what a clip may take before its job goes back to the queue, and a gRPC call
 
 
 Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
@@ -125,8 +126,7 @@ def _api() -> "AvatarApi":
 
 
 async def _ready() -> bool:
-    runner: Any = _api().runner
-    return bool(await runner.to_async.loaded())
+    return await _api().loaded()
 
 
 router = create_router(_api)
@@ -161,8 +161,30 @@ class AvatarApi:
                 jobs = await asyncio.to_thread(self.store.counts)
         return counted + metrics.queue(None if jobs is None else {state: jobs.get(state, 0) for state in STATES})
 
+    @bentoml.on_deployment
+    def check_grpc() -> None:
+        try:
+            grpc_server.check(ServiceSettings())
+        except ValueError as error:
+            raise BentoMLException(str(error)) from error
+
+    @bentoml.on_startup
+    async def serve_grpc(self) -> None:
+        self._grpc: GrpcServer | None = None
+        if self.settings.grpc_port:
+            self._grpc = GrpcServer(self, Keys.of(self.settings), self.loaded)
+            await self._grpc.start(self.settings.grpc_host, self.settings.grpc_port)
+            self._grpc.stop_at_sigterm(GRACE_SECONDS)
+
+    async def loaded(self) -> bool:
+        """Are the models loaded?"""
+        runner: Any = self.runner
+        return bool(await runner.to_async.loaded())
+
     @bentoml.on_shutdown
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        if self._grpc is not None:
+            await self._grpc.stop(GRACE_SECONDS)
         self._housekeeper.stop()
         self._webhooks.stop()
 
@@ -218,7 +240,7 @@ class AvatarApi:
             await asyncio.sleep(POLL_SECONDS)
             job = await asyncio.to_thread(self.store.get, job.id)
         if job.state != COMPLETED or job.result is None:
-            return _refused(ctx, _failed(job))
+            return _refused(ctx, answer(failure(job)))
         video = str(job.result["video"])
         await asyncio.to_thread(self.storage.obtain, job.id, video)
         return self.storage.folder(job.id) / video
@@ -235,11 +257,3 @@ def _refused(ctx: bentoml.Context, answer: Response) -> Any:
     """BentoML sends a response as it is, but for the status: that it takes from the context."""
     ctx.response.status_code = answer.status_code
     return answer
-
-
-def _failed(job: Job) -> JSONResponse:
-    error = job.error or {"message": "The job was cancelled.", "code": "cancelled", "param": None}
-    status = 400 if error.get("type") == "invalid_request_error" else 500
-    if job.state == "cancelled":
-        status = 409
-    return error_response(status, error["message"], error["code"], error["param"])

@@ -25,6 +25,8 @@ HEALTH = ("/ping", "/livez", "/readyz", "/healthz")
 EVERYBODY = "everybody"
 """The client of all requests where authentication is off."""
 
+NO_KEY = "The API key is missing or not known; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."
+
 _CLIENT_DIGITS = 16
 _CLIENT = "avatar.client"  # in a request's scope
 
@@ -69,10 +71,7 @@ class Authenticated:
         if scope["type"] == "http" and scope["path"] not in HEALTH:
             client = self.keys.client(Headers(scope=scope))
             if client is None:
-                message = (
-                    "The API key is missing or not known; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."
-                )
-                answer = error_response(401, message, "invalid_api_key")
+                answer = error_response(401, NO_KEY, "invalid_api_key")
                 answer.headers["WWW-Authenticate"] = "Bearer"
                 await answer(scope, receive, send)
                 return

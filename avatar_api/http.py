@@ -29,14 +29,14 @@ from infinitetalk.errors import InputError
 PAGES = ("text/html", "text/css", "text/javascript", "application/javascript")
 
 
+def error_object(status: int, message: str, code: str, param: str | None = None) -> dict[str, str | None]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"type": kind, "code": code, "message": message, "param": param}
+
+
 def error_response(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
     metrics.ERRORS.labels(code).inc()
-    return JSONResponse(error_body(status, message, code, param), status_code=status)
-
-
-def error_body(status: int, message: str, code: str, param: str | None) -> dict[str, dict[str, str | None]]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"type": kind, "code": code, "message": message, "param": param}}
+    return JSONResponse({"error": error_object(status, message, code, param)}, status_code=status)
 
 
 def create_app(

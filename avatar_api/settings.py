@@ -37,6 +37,13 @@ class ServiceSettings(BaseSettings):
     )
     api_keys_file: Path | None = Field(None, description="A file with one key per line, instead or besides.")
 
+    grpc_port: int = Field(3001, ge=0, le=65535, description="Port of gRPC; `0` turns it off.")
+    grpc_host: str = Field(
+        "127.0.0.1", description="Address that gRPC listens on: `0.0.0.0` for all, as `bentoml serve` has it for HTTP."
+    )
+    grpc_tls_cert: Path | None = Field(None, description="Certificate chain in PEM, for gRPC over TLS.")
+    grpc_tls_key: Path | None = Field(None, description="Its private key.")
+
     max_queued: int = Field(1000, gt=0, description="Videos that may wait; further requests get 429.")
     max_queued_per_key: int = Field(100, gt=0, description="The same, of one API key.")
     keep_days: float = Field(7, gt=0, description="A finished video and its files are deleted after so many days.")

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, BinaryIO, Literal, Protocol
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Security
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
@@ -23,7 +23,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from avatar_api import outgoing, previews, tracing
 from avatar_api.auth import client_of
-from avatar_api.http import error_body, error_response
+from avatar_api.http import error_object, error_response
 from avatar_api.inputs import Source, lay_down
 from avatar_api.jobs import (
     CANCELLED,
@@ -40,6 +40,7 @@ from avatar_api.jobs import (
     JobStore,
     QueueFullError,
     QueueLimits,
+    State,
 )
 from avatar_api.requests import VideoRequest
 from avatar_api.settings import ServiceSettings
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 FILES = ("input_reference", "audio", "audio_2")
 MODEL = "infinitetalk"
+LONGEST_KEY = 255  # characters of an idempotency key
+PAGE, LARGEST_PAGE = 20, 100  # videos of a list, unless asked otherwise, and at most
 RETRY_SECONDS = 30  # what a caller is asked to wait for when the queue is full
 HEARTBEAT_SECONDS = 15.0  # of silence, after which an event stream says that it is alive
 FOLLOW_SECONDS = 0.25  # how often an event stream looks
@@ -193,9 +196,23 @@ class DeletedVideo(BaseModel):
     deleted: bool = True
 
 
+class NotReadyError(Exception):
+    """There is no such content yet; the message says what there is."""
+
+
+@dataclass(frozen=True)
+class Happening:
+    """What those who follow a video are told."""
+
+    kind: State | Literal["progress", "clip", "deleted"]
+    data: dict[str, Any]
+    seen: int
+    """How many clips they know of now."""
+
+
 @dataclass(frozen=True)
 class Videos:
-    """The routes' work, for one client."""
+    """The work behind the routes and the gRPC calls, for one client."""
 
     backend: Backend
     client: str
@@ -257,6 +274,57 @@ class Videos:
         self.backend.store.delete(video_id)
         self.backend.storage.delete(video_id)
 
+    def cancel(self, video_id: str) -> Job:
+        self.get(video_id)
+        return self.backend.store.cancel(video_id)
+
+    def content(self, job: Job, variant: Literal["video", "thumbnail"], partly: bool) -> Path:
+        """The file of a video, of its first picture, or of the clips that are finished. Raises NotReadyError."""
+        storage = self.backend.storage
+        if job.state == COMPLETED and job.result is not None and variant == "video":
+            storage.obtain(job.id, job.result["video"])
+            return storage.folder(job.id) / str(job.result["video"])
+        if variant == "video" and not partly:
+            message = f"Video {job.id!r} is {job.state}; its content is there when it is completed."
+            if job.state in (QUEUED, IN_PROGRESS, CANCELLED):
+                message += " What is finished comes with partial=true."
+            raise NotReadyError(message)
+        made = previews.thumbnail if variant == "thumbnail" else previews.so_far
+        file = made(job, self.backend.store.clips(job.id), storage)
+        if file is None:
+            raise NotReadyError(f"Video {job.id!r} has no finished clip yet; try again later.")
+        return file
+
+    async def follow(self, video_id: str, seen: int) -> AsyncIterator[Happening | None]:
+        """Everything that happens up to the video's end, and None now and then, so that silence means trouble.
+
+        seen: how many clips the listener knows of.
+        """
+        last: dict[str, Any] | None = None
+        spoken = time.monotonic()
+        while True:
+            try:
+                job = await asyncio.to_thread(self.get, video_id)
+            except JobNotFoundError:
+                yield Happening("deleted", {"id": video_id}, seen)
+                return
+            for clip in await asyncio.to_thread(self.backend.store.clips, video_id, seen - 1):
+                seen = clip.index + 1
+                told = {"id": video_id, "clip": seen, "frames": clip.result["frames"], "finished_at": clip.finished_at}
+                yield Happening("clip", told, seen)
+                spoken = time.monotonic()
+            video = await asyncio.to_thread(self.describe, job)
+            if job.state in FINISHED:
+                yield Happening(job.state, video, seen)
+                return
+            if video != last:
+                yield Happening("progress", video, seen)
+                last, spoken = video, time.monotonic()
+            elif time.monotonic() - spoken > HEARTBEAT_SECONDS:
+                yield None
+                spoken = time.monotonic()
+            await asyncio.sleep(FOLLOW_SECONDS)
+
 
 def describe(job: Job, keep_days: float, position: int | None) -> Video:
     """A job as callers see it."""
@@ -311,7 +379,7 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
         responses=_refusals(400, 409, 413, 422, 429) | {200: {"links": LINKS}},
     )
     async def create(
-        request: Request, api: api, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+        request: Request, api: api, idempotency_key: Annotated[str | None, Header(max_length=LONGEST_KEY)] = None
     ) -> Video:
         """Check the input, queue the video, answer at once. The same `Idempotency-Key` gives the same video."""
         values, files, form = await _read(request, api.backend.settings)
@@ -325,7 +393,7 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
     @router.get("", summary="List videos, newest first", responses=_refusals(404, 422))
     async def page(
         api: api,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        limit: Annotated[int, Query(ge=1, le=LARGEST_PAGE)] = PAGE,
         after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoPage:
@@ -354,7 +422,7 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
         partial: Annotated[bool, Query(description="Of a video in the making, the clips that are finished.")] = False,
     ) -> Response:
         job = await asyncio.to_thread(api.get, video_id)
-        return await asyncio.to_thread(_content, api.backend, job, variant, partial)
+        return await asyncio.to_thread(_content, api, job, variant, partial)
 
     @router.get(
         "/{video_id}/events",
@@ -371,14 +439,13 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
         `Last-Event-ID` says which clips are known already.
         """
         await asyncio.to_thread(api.get, video_id)
-        stream = _events(api, video_id, _clips_seen(last_event_id))
+        stream = _events(api.follow(video_id, _clips_seen(last_event_id)))
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @router.post("/{video_id}/cancel", summary="Stop making a video", responses=_refusals(404))
     async def cancel(video_id: str, api: api) -> Video:
         """Noticed within a denoising step; what is finished can still be had with `?partial=true`."""
-        await asyncio.to_thread(api.get, video_id)
-        job = await asyncio.to_thread(api.backend.store.cancel, video_id)
+        job = await asyncio.to_thread(api.cancel, video_id)
         return Video(**await asyncio.to_thread(api.describe, job))
 
     @router.delete("/{video_id}", summary="Delete a finished video and its files", responses=_refusals(404, 409))
@@ -394,6 +461,7 @@ REFUSABLE = (
     JobNotFoundError,
     IdempotencyError,
     JobNotFinishedError,
+    NotReadyError,
     QueueFullError,
     StorageError,
     OSError,  # a full disk, above all
@@ -401,23 +469,54 @@ REFUSABLE = (
 )
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is nothing for the caller, whatever it speaks."""
+
+    status: int
+    """HTTP's."""
+    message: str
+    code: str
+    param: str | None = None
+    retry_seconds: int | None = None
+    """After which the same may work."""
+
+
+def refusal(error: Exception) -> Refusal:
+    """What is told of one of these errors."""
+    if isinstance(error, InputError):
+        return Refusal(413 if error.code == "too_large" else 400, str(error), error.code, error.param)
+    if isinstance(error, JobNotFoundError):
+        return Refusal(404, str(error).replace("job", "video"), "not_found", "video_id")
+    if isinstance(error, IdempotencyError):
+        return Refusal(409, str(error), "idempotency_conflict", "Idempotency-Key")
+    if isinstance(error, JobNotFinishedError):
+        return Refusal(409, str(error).replace("Job", "Video"), "not_finished", "video_id")
+    if isinstance(error, NotReadyError):
+        return Refusal(409, str(error), "not_ready")
+    if isinstance(error, QueueFullError):
+        return Refusal(429, str(error), "queue_full", retry_seconds=RETRY_SECONDS)
+    logger.error("%s: %s", type(error).__name__, error, exc_info=isinstance(error, OSError))
+    return Refusal(503, UNAVAILABLE, "unavailable", retry_seconds=RETRY_SECONDS)
+
+
+def failure(job: Job) -> Refusal:
+    """What is told to a caller that waited for a video which failed or was cancelled."""
+    error = job.error or {"message": "The job was cancelled.", "code": "cancelled", "param": None}
+    status = 400 if error.get("type") == "invalid_request_error" else 500
+    return Refusal(409 if job.state == CANCELLED else status, error["message"], error["code"], error["param"])
+
+
 def refuse(error: Exception) -> JSONResponse:
     """The answer to one of these errors."""
-    if isinstance(error, InputError):
-        return error_response(413 if error.code == "too_large" else 400, str(error), error.code, error.param)
-    if isinstance(error, JobNotFoundError):
-        return error_response(404, str(error).replace("job", "video"), "not_found", "video_id")
-    if isinstance(error, IdempotencyError):
-        return error_response(409, str(error), "idempotency_conflict", "Idempotency-Key")
-    if isinstance(error, JobNotFinishedError):
-        return error_response(409, str(error).replace("Job", "Video"), "not_finished", "video_id")
-    if isinstance(error, QueueFullError):
-        answer = error_response(429, str(error), "queue_full")
-    else:
-        logger.error("%s: %s", type(error).__name__, error, exc_info=isinstance(error, OSError))
-        answer = error_response(503, UNAVAILABLE, "unavailable")
-    answer.headers["Retry-After"] = str(RETRY_SECONDS)
-    return answer
+    return answer(refusal(error))
+
+
+def answer(refused: Refusal) -> JSONResponse:
+    response = error_response(refused.status, refused.message, refused.code, refused.param)
+    if refused.retry_seconds is not None:
+        response.headers["Retry-After"] = str(refused.retry_seconds)
+    return response
 
 
 async def _read(
@@ -442,7 +541,7 @@ async def _read(
         if isinstance(given, dict):  # OpenAI's JSON form
             given = given.get("image_url")
         if isinstance(given, UploadFile):
-            files[name] = partial(_save_upload, given)
+            files[name] = partial(save_upload, given.file)
         elif isinstance(given, str) and given:
             files[name] = partial(outgoing.save, given, param=name, settings=settings)
         elif given not in (None, ""):
@@ -456,61 +555,31 @@ async def _read(
     return fields, files, form
 
 
-def _save_upload(upload: UploadFile, target: Path) -> None:
+def save_upload(upload: BinaryIO, target: Path) -> None:
     with target.open("wb") as file:
-        shutil.copyfileobj(upload.file, file, 2**20)
+        shutil.copyfileobj(upload, file, 2**20)
 
 
-def _content(backend: Backend, job: Job, variant: str, partly: bool) -> Response:
-    storage = backend.storage
-    if variant == "thumbnail":
-        thumbnail = previews.thumbnail(job, backend.store.clips(job.id), storage)
-        if thumbnail is None:
-            return error_response(409, f"Video {job.id!r} has no finished clip yet; try again later.", "not_ready")
-        return FileResponse(thumbnail, media_type="image/jpeg")
-    if job.state == COMPLETED and job.result is not None:
-        name = job.result["video"]
-        link = storage.link(job.id, name, f"{job.id}.mp4")
+def _content(api: Videos, job: Job, variant: Literal["video", "thumbnail"], partly: bool) -> Response:
+    if job.state == COMPLETED and job.result is not None and variant == "video":
+        link = api.backend.storage.link(job.id, job.result["video"], f"{job.id}.mp4")
         if link is not None:
             return RedirectResponse(link, 302)
-        return FileResponse(storage.folder(job.id) / name, media_type="video/mp4", filename=f"{job.id}.mp4")
-    if not partly:
-        message = f"Video {job.id!r} is {job.state}; its content is there when it is completed."
-        if job.state in (QUEUED, IN_PROGRESS, CANCELLED):
-            message += " What is finished comes with ?partial=true."
-        return error_response(409, message, "not_ready")
-    film = previews.so_far(job, backend.store.clips(job.id), storage)
-    if film is None:
-        return error_response(409, f"Video {job.id!r} has no finished clip yet; try again later.", "not_ready")
-    return FileResponse(film, media_type="video/mp4", filename=f"{job.id}.mp4")
+    file = api.content(job, variant, partly)
+    if variant == "thumbnail":
+        return FileResponse(file, media_type="image/jpeg")
+    return FileResponse(file, media_type="video/mp4", filename=f"{job.id}.mp4")
 
 
-async def _events(api: Videos, video_id: str, seen: int) -> AsyncIterator[str]:
-    """seen: how many clips the listener knows of."""
-    last: dict[str, Any] | None = None
-    spoken = time.monotonic()
-    while True:
-        try:
-            job = await asyncio.to_thread(api.get, video_id)
-        except JobNotFoundError:
-            yield _event("deleted", {"id": video_id}, seen)
-            return
-        for clip in await asyncio.to_thread(api.backend.store.clips, video_id, seen - 1):
-            seen = clip.index + 1
-            told = {"id": video_id, "clip": seen, "frames": clip.result["frames"], "finished_at": clip.finished_at}
-            yield _event("clip", told | {"content": f"/v1/videos/{video_id}/content?partial=true"}, seen)
-            spoken = time.monotonic()
-        video = await asyncio.to_thread(api.describe, job)
-        if job.state in FINISHED:
-            yield _event(job.state, video, seen)
-            return
-        if video != last:
-            yield _event("progress", video, seen)
-            last, spoken = video, time.monotonic()
-        elif time.monotonic() - spoken > HEARTBEAT_SECONDS:
+async def _events(happenings: AsyncIterator[Happening | None]) -> AsyncIterator[str]:
+    async for happened in happenings:
+        if happened is None:
             yield ": still here\n\n"
-            spoken = time.monotonic()
-        await asyncio.sleep(FOLLOW_SECONDS)
+        elif happened.kind == "clip":
+            content = {"content": f"/v1/videos/{happened.data['id']}/content?partial=true"}
+            yield _event(happened.kind, happened.data | content, happened.seen)
+        else:
+            yield _event(happened.kind, happened.data, happened.seen)
 
 
 def _event(kind: str, data: Any, seen: int) -> str:
@@ -527,7 +596,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {
             "model": Error,
             "description": description,
-            "content": {"application/json": {"example": error_body(status, message, code, param)}},
+            "content": {"application/json": {"example": {"error": error_object(status, message, code, param)}}},
         }
         for status, (description, message, code, param) in REFUSALS.items()
         if status in statuses

@@ -94,6 +94,7 @@ def main() -> int:
         "BENTOML_HOME": str(home),
         "AVATAR_HOME": str(home),
         "AVATAR_AUTH": "off",
+        "AVATAR_GRPC_PORT": "0",  # perhaps `make serve` has it
         "BENTOML_CONFIG": str(Path("configuration.yaml").absolute()),
         "BENTOML_DO_NOT_TRACK": "1",
     }

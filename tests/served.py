@@ -55,6 +55,7 @@ class Served:
             "BENTOML_HOME": str(home / "bentoml"),
             "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
             "BENTOML_DO_NOT_TRACK": "1",
+            "AVATAR_GRPC_PORT": "0",
             "OMP_NUM_THREADS": "1",
             "TMPDIR": str(self.temporary),
         } | {f"AVATAR_{name.upper()}": str(value) for name, value in {"auth": "off", "home": home, **settings}.items()}

@@ -147,6 +147,7 @@ def observed(
         "BENTOML_DO_NOT_TRACK": "1",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
         "AVATAR_HOME": str(home),
+        "AVATAR_GRPC_PORT": "0",
         "AVATAR_LOG_FORMAT": "json",
         "AVATAR_API_KEYS": API_KEY,
         "AVATAR_ALLOWED_HOSTS": "127.0.0.1",

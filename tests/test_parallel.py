@@ -295,7 +295,7 @@ class TestTheRunner:
         port, log = free_port(), tmp_path / "serve.log"
         environment = {
             **os.environ,
-            **{"BENTOML_HOME": str(bento_home), "BENTOML_DO_NOT_TRACK": "1"},
+            **{"BENTOML_HOME": str(bento_home), "BENTOML_DO_NOT_TRACK": "1", "AVATAR_GRPC_PORT": "0"},
             **{"AVATAR_HOME": str(tmp_path), "AVATAR_GPUS": "2", "AVATAR_DEVICE": "cpu", "AVATAR_AUTH": "off"},
         }
         command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]

@@ -17,15 +17,21 @@ from typing import Any
 
 import av
 import bentoml
+import grpc
 import httpx
 import numpy as np
 import openai
 import psutil  # type: ignore[import-untyped]
 import pytest
 import soundfile
+from google.protobuf.wrappers_pb2 import StringValue
 
 from avatar_api.jobs import Job, JobStore
 from avatar_api.media import VideoWriter
+from avatar_api.protos import avatar_pb2 as pb
+from avatar_api.protos import bento_service_pb2 as bento
+from avatar_api.protos.avatar_pb2_grpc import AvatarServiceStub
+from avatar_api.protos.bento_service_pb2_grpc import BentoServiceStub
 from tests.conftest import REPOSITORY
 
 PICTURE = REPOSITORY / "examples" / "portrait.png"
@@ -40,6 +46,8 @@ class Server:
     home: Path
     process: subprocess.Popen[bytes]
     log: Path
+    grpc: str | None = None
+    """Its address there; None where it is off."""
 
     @property
     def store(self) -> JobStore:
@@ -90,19 +98,20 @@ def bento_home(snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def server(bento_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("avatar")
-    port, log = free_port(), home / "serve.log"
+    port, grpc_port, log = free_port(), free_port(), home / "serve.log"
     environment = {
         **os.environ,
         "BENTOML_HOME": str(bento_home),
         "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
         "BENTOML_DO_NOT_TRACK": "1",
         "AVATAR_AUTH": "off",
+        "AVATAR_GRPC_PORT": str(grpc_port),
         "AVATAR_HOME": str(home),
     }
     command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
-    running = Server(f"http://127.0.0.1:{port}", home, process, log)
+    running = Server(f"http://127.0.0.1:{port}", home, process, log, f"127.0.0.1:{grpc_port}")
     try:
         running.wait_until_ready()
         yield running
@@ -195,6 +204,20 @@ def test_the_openai_client_makes_a_video_with_a_thumbnail(server: Server, short_
     assert not (server.home / "jobs" / video.id).exists()
     with av.open(str(tmp_path / "video.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 10
+
+
+def test_the_same_video_comes_over_grpc(server: Server, short_voice: Path) -> None:
+    over_http = server.generate(short_voice, size="64x64", steps="1")
+    files = {"image": PICTURE.read_bytes(), "audio": short_voice.read_bytes()}
+    fields = {name: bento.Part(file=bento.File(content=content)) for name, content in files.items()}
+    fields |= {name: bento.Part(text=StringValue(value=text)) for name, text in (("size", "64x64"), ("steps", "1"))}
+    request = bento.Request(api_name="generate", multipart=bento.Multipart(fields=fields))
+    assert server.grpc is not None
+    with grpc.insecure_channel(server.grpc) as channel:
+        answer = BentoServiceStub(channel).Call(request, timeout=300)
+        newest = AvatarServiceStub(channel).ListVideos(pb.ListVideosRequest(limit=1)).videos[0]
+    assert answer.file.content == over_http.content
+    assert httpx.get(f"{server.url}/v1/videos/{newest.id}").json()["status"] == "completed", "they are the same jobs"
 
 
 @pytest.mark.parametrize("path", ["/ping", "/livez", "/readyz", "/metrics"])
@@ -335,7 +358,7 @@ def test_the_video_is_right_although_a_process_was_killed(
 
 
 def test_a_missing_model_is_named_with_the_command_that_imports_it(tmp_path: Path) -> None:
-    environment = {**os.environ, "BENTOML_HOME": str(tmp_path), "AVATAR_HOME": str(tmp_path)}
+    environment = {**os.environ, "BENTOML_HOME": str(tmp_path), "AVATAR_HOME": str(tmp_path), "AVATAR_GRPC_PORT": "0"}
     command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(free_port())]
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode != 0

@@ -72,8 +72,8 @@ class Backend:
             return claim.job.id
 
 
-@pytest.fixture
-def backend(tmp_path: Path) -> Iterator[Backend]:
+@pytest.fixture(name="backend")
+def backend_fixture(tmp_path: Path) -> Iterator[Backend]:
     settings = ServiceSettings(home=tmp_path / "home", max_queued=4, max_queued_per_key=3, max_seconds=5)
     settings.home.mkdir()
     quick = JobSettings(lease=5, beat=0.1, poll=0.05)
@@ -81,8 +81,8 @@ def backend(tmp_path: Path) -> Iterator[Backend]:
         yield Backend(settings, store, Storage(settings))
 
 
-@pytest.fixture
-def full_disk(backend: Backend, small_disk: SmallDisk) -> SmallDisk:
+@pytest.fixture(name="full_disk")
+def full_disk_fixture(backend: Backend, small_disk: SmallDisk) -> SmallDisk:
     """Where jobs' files lie."""
     (small_disk.folder / "jobs").mkdir()
     (backend.settings.home / "jobs").symlink_to(small_disk.folder / "jobs")
