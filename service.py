@@ -27,14 +27,15 @@ from avatar_api import grpc_server, logs, metrics
 from avatar_api.auth import Authenticated, Keys, client_of
 from avatar_api.grpc_server import GrpcServer
 from avatar_api.housekeeping import Housekeeper
-from avatar_api.http import OneErrorShape, SecurityHeaders, adapt_forms, create_app
+from avatar_api.http import OneErrorShape, SecurityHeaders, adapt_forms, count_by_route, create_app
 from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, FINISHED, OUTAGES, STATES, Job, JobStore, runner_name
 from avatar_api.requests import DEFAULTS
+from avatar_api.routes import answer, create_router, refuse
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import open_storage
-from avatar_api.videos import REFUSABLE, Videos, answer, create_router, describe, failure, refuse
+from avatar_api.videos import REFUSABLE, Videos, describe, failure
 from avatar_api.webhooks import Webhooks
 from infinitetalk.errors import CheckpointError, InputError, RankError
 
@@ -247,7 +248,7 @@ class AvatarApi:
 
 
 adapt_forms(ServiceSettings().max_upload_bytes)
-metrics.count_by_route(["/ping", "/livez", "/readyz", *(str(getattr(route, "path", "")) for route in router.routes)])
+count_by_route(["/ping", "/livez", "/readyz", *(str(getattr(route, "path", "")) for route in router.routes)])
 AvatarApi.add_asgi_middleware(SecurityHeaders)  # type: ignore[attr-defined]
 AvatarApi.add_asgi_middleware(Authenticated)  # type: ignore[attr-defined]
 AvatarApi.add_asgi_middleware(OneErrorShape, max_upload_bytes=ServiceSettings().max_upload_bytes)  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ An error is always `{"error": {"type", "code", "message", "param"}}`; BentoML's 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from itertools import chain
@@ -20,7 +20,7 @@ from starlette.datastructures import FormData, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Route
+from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avatar_api import metrics
@@ -125,6 +125,39 @@ def adapt_forms(max_part_bytes: int) -> None:
     MultipartSerde.ensure_file = staticmethod(only_files)
     MultipartSerde.parse_request = parse
     Request.form = form  # type: ignore[method-assign, assignment]
+
+
+def count_by_route(paths: Iterable[str]) -> None:
+    """Mend BentoML's metrics of the requests; call it once, before serving, with the routes' paths.
+
+    It counts by the path as it was sent, and for ever: several series for each video, and for each path that a stranger
+    tries. From here on a path counts as its route, `/v1/videos/{video_id}`, or as `other`.
+    """
+    from bentoml._internal.context import server_context  # late: the job store, which imports us, works without BentoML
+    from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
+
+    set_up = RunnerTrafficMetricsMiddleware._setup
+    patterns = {path: compile_path(path)[0] for path in paths}
+
+    def route(path: str) -> str:
+        if path in server_context.service_routes:
+            return path
+        return next((known for known, pattern in patterns.items() if pattern.match(path)), "other")
+
+    class ByRoute:
+        def __init__(self, metric: Any) -> None:
+            self._metric = metric
+
+        def labels(self, endpoint: str, **others: str) -> Any:
+            return self._metric.labels(endpoint=route(endpoint), **others)
+
+    def set_up_by_route(middleware: Any) -> None:
+        set_up(middleware)
+        for name in vars(middleware):
+            if name.startswith(("metrics_request_", "metrics_websocket_")):
+                setattr(middleware, name, ByRoute(getattr(middleware, name)))
+
+    RunnerTrafficMetricsMiddleware._setup = set_up_by_route  # type: ignore[method-assign, assignment]
 
 
 class OneErrorShape:

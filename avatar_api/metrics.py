@@ -5,13 +5,11 @@ runner's figures come with those of the API process that answers. How many jobs 
 figure: the database is asked when Prometheus asks (`queue`), and every API process says the same.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from starlette.routing import compile_path
 
 # From the tests' models on a CPU to the published ones on one GPU, in seconds.
 _STEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
@@ -42,39 +40,6 @@ _GPU = {
         ("total", "The GPU's memory."),
     )
 }  # the last word of a runner that is gone stands until another one speaks for that GPU
-
-
-def count_by_route(paths: Iterable[str]) -> None:
-    """Mend BentoML's metrics of the requests; call it once, before serving, with the routes' paths.
-
-    It counts by the path as it was sent, and for ever: several series for each video, and for each path that a stranger
-    tries. From here on a path counts as its route, `/v1/videos/{video_id}`, or as `other`.
-    """
-    from bentoml._internal.context import server_context  # late: the job store, which imports us, works without BentoML
-    from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
-
-    set_up = RunnerTrafficMetricsMiddleware._setup
-    patterns = {path: compile_path(path)[0] for path in paths}
-
-    def route(path: str) -> str:
-        if path in server_context.service_routes:
-            return path
-        return next((known for known, pattern in patterns.items() if pattern.match(path)), "other")
-
-    class ByRoute:
-        def __init__(self, metric: Any) -> None:
-            self._metric = metric
-
-        def labels(self, endpoint: str, **others: str) -> Any:
-            return self._metric.labels(endpoint=route(endpoint), **others)
-
-    def set_up_by_route(middleware: Any) -> None:
-        set_up(middleware)
-        for name in vars(middleware):
-            if name.startswith(("metrics_request_", "metrics_websocket_")):
-                setattr(middleware, name, ByRoute(getattr(middleware, name)))
-
-    RunnerTrafficMetricsMiddleware._setup = set_up_by_route  # type: ignore[method-assign, assignment]
 
 
 def gpu_memory(gpu: str, **sizes: int) -> None:

@@ -29,10 +29,11 @@ from avatar_api.auth import Authenticated
 from avatar_api.housekeeping import Housekeeper
 from avatar_api.http import OneErrorShape, adapt_forms, create_app
 from avatar_api.jobs import JobSettings, JobStore, runner_name
+from avatar_api.routes import create_router, refuse
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import Storage, open_storage
-from avatar_api.videos import REFUSABLE, create_router, describe, refuse
+from avatar_api.videos import REFUSABLE, describe
 from avatar_api.webhooks import Webhooks, WebhookTimes
 from avatar_api.worker import work
 from tests.stand_in import StandIn

@@ -27,9 +27,10 @@ from avatar_api.auth import Authenticated, Keys
 from avatar_api.http import OneErrorShape, create_app
 from avatar_api.jobs import Claim, JobSettings, JobStore
 from avatar_api.media import VideoWriter
+from avatar_api.routes import create_router, refuse
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage
-from avatar_api.videos import REFUSABLE, create_router, refuse
+from avatar_api.videos import REFUSABLE
 from tests.conftest import SmallDisk
 
 FRAMES = 10  # of each clip
