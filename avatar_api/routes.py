@@ -1,4 +1,4 @@
-"""`/v1/videos`: the OpenAI Videos API and what it lacks for a voice and a long wait, with its description in OpenAPI."""
+"""`/v1/videos`: the OpenAI Videos API, and what it lacks for a voice and a long wait; with its OpenAPI description."""
 
 import asyncio
 import json
