@@ -316,6 +316,22 @@ class TestRefusals:
         with refused(EXHAUSTED, "larger than 1 MiB", "too_large", "audio"):
             alice.CreateVideo(message for part in ([wanted()], endless) for message in part)
 
+    def test_an_upload_that_breaks_off_leaves_nothing(self, alice: Caller, backend: Backend) -> None:
+        released = threading.Event()
+
+        def half() -> Iterator[pb.CreateVideoRequest]:
+            yield from request()[:3]
+            released.wait()
+
+        try:
+            with pytest.raises(grpc.RpcError) as late:
+                alice.CreateVideo(half(), timeout=1)
+        finally:
+            released.set()
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert not backend.store.counts()
+        assert not (backend.settings.home / "jobs").exists()
+
     @pytest.mark.parametrize("method", ["CreateVideo", "GetVideo", "Call", "WatchVideo"])
     def test_bytes_that_are_no_message_are_refused(self, alice: Caller, method: str) -> None:
         service = "bentoml.grpc.v1.BentoService" if method == "Call" else "avatar.v1.AvatarService"
