@@ -93,6 +93,7 @@ def upload(voice: bytes) -> Iterator[pb.CreateVideoRequest]:
     yield chunk("input_reference", picture())
     for start in range(0, len(voice), MB):
         yield chunk("audio", voice[start : start + MB])
+    yield pb.CreateVideoRequest(finish=True)
 
 
 def finished(backend: Backend, megabytes: int) -> str:
