@@ -132,11 +132,10 @@ def wanted(**values: Any) -> pb.CreateVideoRequest:
 
 def finishing(messages: Iterable[pb.CreateVideoRequest]) -> Iterator[pb.CreateVideoRequest]:
     """The same, the last one with `finish`."""
-    *others, last = messages or [None]
-    yield from others
-    if last is not None:
-        last.finish = True
-        yield last
+    given = list(messages)
+    if given:
+        given[-1].finish = True
+    return iter(given)
 
 
 def chunk(name: str, content: bytes) -> pb.CreateVideoRequest:
