@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.json_format import Error as JsonError
 from google.protobuf.json_format import MessageToDict, ParseDict
 
-from avatar_api.grpc_calls import Context, abort, answering, client
+from avatar_api.grpc_calls import LARGEST_MESSAGE, Context, abort, answering, client
 from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, FINISHED, Job
 from avatar_api.protos import bento_service_pb2 as pb
@@ -25,7 +25,6 @@ from infinitetalk.errors import InputError
 GENERATE_FILES = ("image", "audio", "audio_2")
 VALUES = tuple(name for name in VideoRequest.model_fields if name not in ("webhook_url", "quality"))
 POLL_SECONDS = 0.1  # how often a call looks for its video
-LARGEST_MESSAGE = 2**31 - 1  # bytes: protobuf's own limit
 DOCS = "A picture or a video and a voice, or two, become a talking video (mp4). The answer comes when it is there."
 
 

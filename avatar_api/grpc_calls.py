@@ -36,7 +36,8 @@ CODES = {
     500: grpc.StatusCode.INTERNAL,
     503: grpc.StatusCode.UNAVAILABLE,
 }
-LONGEST_MESSAGE = 1000  # characters: trailing metadata beyond 8 kB is refused by clients
+LONGEST_TEXT = 1000  # characters of an error: trailing metadata beyond 8 kB is refused by clients
+LARGEST_MESSAGE = 2**31 - 1  # bytes: protobuf's own limit
 
 OPEN = ("/grpc.health.v1.Health/", "/bentoml.grpc.v1.BentoService/ServiceMetadata")
 """Need no key: load balancers ask for the first, and BentoML's clients can send none with the second."""
@@ -87,8 +88,8 @@ async def answering(context: Context) -> AsyncIterator[None]:
 
 async def abort(context: Context, refused: Refusal) -> NoReturn:
     metrics.ERRORS.labels(refused.code).inc()
-    message = refused.message[:LONGEST_MESSAGE]
-    param = refused.param and refused.param[:LONGEST_MESSAGE]
+    message = refused.message[:LONGEST_TEXT]
+    param = refused.param and refused.param[:LONGEST_TEXT]
     code = CODES[refused.status]
     status = Status(code=code.value[0], message=message)
     status.details.add().Pack(ParseDict(error_object(refused.status, message, refused.code, param), VideoError()))

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from avatar_api.auth import Keys
 from avatar_api.grpc_bento import BentoService
-from avatar_api.grpc_calls import Authenticated
+from avatar_api.grpc_calls import LARGEST_MESSAGE, Authenticated
 from avatar_api.grpc_videos import AvatarService
 from avatar_api.protos.avatar_pb2_grpc import add_AvatarServiceServicer_to_server
 from avatar_api.protos.bento_service_pb2_grpc import add_BentoServiceServicer_to_server
@@ -43,7 +43,7 @@ class GrpcServer:
             interceptors=[Authenticated(keys)],
             options=[
                 ("grpc.so_reuseport", 1),  # several API workers share the port
-                ("grpc.max_receive_message_length", settings.max_upload_bytes),
+                ("grpc.max_receive_message_length", min(settings.max_upload_bytes, LARGEST_MESSAGE)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", 60_000),  # a caller whose machine is gone is noticed
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # and may ask us the same while it waits

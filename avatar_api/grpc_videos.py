@@ -112,9 +112,14 @@ async def _receive(
 ) -> pb.NewVideo:
     """What is wanted; the chunks go into `uploads`, nameless files that end with the stack."""
     wanted: pb.NewVideo | None = None
-    received = 0
+    received, finished = 0, False
     async for request in requests:
+        if finished:
+            raise InputError("finish", "A message comes after the one with finish; only the last one has it.")
+        finished = request.finish
         part, expected = request.WhichOneof("part"), "video" if wanted is None else "file"
+        if part is None and finished and wanted is not None:
+            continue
         if part != expected:
             raise InputError("part", f"A message holds {part or 'nothing'}; the first holds video, all others file.")
         received += request.ByteSize()
@@ -134,6 +139,8 @@ async def _receive(
         await asyncio.to_thread(uploads[name].write, request.file.content)
     if wanted is None:
         raise InputError("part", "No message was sent; the first holds video, all others file.")
+    if not finished:
+        raise InputError("finish", "The request broke off; its last message has finish.", "incomplete")
     for file in uploads.values():
         file.seek(0)
     return wanted

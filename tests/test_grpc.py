@@ -110,7 +110,7 @@ class Caller:
         return lambda request, timeout=60.0: method(request, timeout=timeout, metadata=metadata)
 
     def create(self, *messages: pb.CreateVideoRequest) -> pb.Video:
-        video: pb.Video = self.CreateVideo(iter(messages or request()))
+        video: pb.Video = self.CreateVideo(finishing(messages or request()))
         return video
 
 
@@ -128,6 +128,14 @@ def bob(alice: Caller) -> Caller:
 
 def wanted(**values: Any) -> pb.CreateVideoRequest:
     return pb.CreateVideoRequest(video=pb.NewVideo(**{"prompt": "A man talks.", "size": "64x64"} | values))
+
+
+def finishing(messages: Iterable[pb.CreateVideoRequest]) -> Iterator[pb.CreateVideoRequest]:
+    """The same, the last one with `finish`."""
+    given = list(messages)
+    if given:
+        given[-1].finish = True
+    return iter(given)
 
 
 def chunk(name: str, content: bytes) -> pb.CreateVideoRequest:
@@ -284,7 +292,8 @@ class TestRefusals:
             ([pb.CreateVideoRequest()], "part", "holds nothing"),
             ([chunk("audio", b"x")], "part", "holds file"),
             ([wanted(), wanted()], "part", "holds video"),
-            ([wanted(), pb.CreateVideoRequest()], "part", "holds nothing"),
+            ([wanted(), pb.CreateVideoRequest(), chunk("audio", b"x")], "part", "holds nothing"),
+            ([*finishing(request()), chunk("audio", b"x")], "finish", "comes after"),
             ([wanted(), chunk("../../etc/passwd", b"x")], "../../etc/passwd", "There is no file"),
             ([wanted(), chunk("a" * 20_000, b"x")], None, "There is no file"),
             ([wanted(input_reference="data:,"), chunk("input_reference", b"x")], "input_reference", "comes twice"),
@@ -305,7 +314,7 @@ class TestRefusals:
         self, alice: Caller, backend: Backend, messages: list[pb.CreateVideoRequest], param: str | None, message: str
     ) -> None:
         with refused(INVALID, message, param=param):
-            alice.CreateVideo(iter(messages))
+            alice.CreateVideo(finishing(messages))
         assert not backend.store.counts()
         jobs = backend.settings.home / "jobs"
         assert not jobs.exists() or not list(jobs.iterdir())
@@ -315,6 +324,24 @@ class TestRefusals:
         endless = (chunk("audio", bytes(MB // 8)) for _ in iter(int, 1))
         with refused(EXHAUSTED, "larger than 1 MiB", "too_large", "audio"):
             alice.CreateVideo(message for part in ([wanted()], endless) for message in part)
+
+    def test_an_upload_that_breaks_off_leaves_nothing(self, alice: Caller, backend: Backend) -> None:
+        released = threading.Event()
+
+        def endless() -> Iterator[pb.CreateVideoRequest]:
+            yield from request()
+            released.wait()
+
+        try:
+            with pytest.raises(grpc.RpcError) as late:
+                alice.CreateVideo(endless(), timeout=1)
+        finally:
+            released.set()
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        with refused(INVALID, "broke off", "incomplete", "finish"):  # what it looks like to the server
+            alice.CreateVideo(iter(request()))
+        assert not backend.store.counts()
+        assert not (backend.settings.home / "jobs").exists()
 
     @pytest.mark.parametrize("method", ["CreateVideo", "GetVideo", "Call", "WatchVideo"])
     def test_bytes_that_are_no_message_are_refused(self, alice: Caller, method: str) -> None:
@@ -714,6 +741,7 @@ class TestSize:
             yield chunk("audio", header.getvalue())
             for _ in range(200):
                 yield chunk("audio", noise)
+            yield pb.CreateVideoRequest(finish=True)
 
         try:
             with grpc.insecure_channel(serving.address) as channel:

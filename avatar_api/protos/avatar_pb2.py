@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61vatar_api/protos/avatar.proto\x12\tavatar.v1\"h\n\x12\x43reateVideoRequest\x12$\n\x05video\x18\x01 \x01(\x0b\x32\x13.avatar.v1.NewVideoH\x00\x12$\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x14.avatar.v1.FileChunkH\x00\x42\x06\n\x04part\"\x99\x05\n\x08NewVideo\x12\x1c\n\x0fidempotency_key\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x11\n\x04size\x18\x03 \x01(\tH\x02\x88\x01\x01\x12\x12\n\x05steps\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x1a\n\rtext_guidance\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1b\n\x0e\x61udio_guidance\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x12\n\x05shift\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10\x63olor_correction\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x18\n\x0bmax_seconds\x18\n \x01(\x01H\t\x88\x01\x01\x12\x17\n\nscene_cuts\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x18\n\x0bwebhook_url\x18\x0c \x01(\tH\x0b\x88\x01\x01\x12\x14\n\x07quality\x18\r \x01(\tH\x0c\x88\x01\x01\x12%\n\x08speakers\x18\x0e \x01(\x0b\x32\x13.avatar.v1.Speakers\x12\x1c\n\x0finput_reference\x18\x0f \x01(\tH\r\x88\x01\x01\x12\x12\n\x05\x61udio\x18\x10 \x01(\tH\x0e\x88\x01\x01\x12\x14\n\x07\x61udio_2\x18\x11 \x01(\tH\x0f\x88\x01\x01\x42\x12\n\x10_idempotency_keyB\t\n\x07_promptB\x07\n\x05_sizeB\x08\n\x06_stepsB\x07\n\x05_seedB\x10\n\x0e_text_guidanceB\x11\n\x0f_audio_guidanceB\x08\n\x06_shiftB\x13\n\x11_color_correctionB\x0e\n\x0c_max_secondsB\r\n\x0b_scene_cutsB\x0e\n\x0c_webhook_urlB\n\n\x08_qualityB\x12\n\x10_input_referenceB\x08\n\x06_audioB\n\n\x08_audio_2\"\xf9\x01\n\x08Speakers\x12-\n\x08speakers\x18\x01 \x03(\x0b\x32\x1b.avatar.v1.Speakers.Speaker\x12(\n\x05order\x18\x02 \x01(\x0e\x32\x19.avatar.v1.Speakers.Order\x1a?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x01\x12\x0b\n\x03top\x18\x02 \x01(\x01\x12\r\n\x05right\x18\x03 \x01(\x01\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x01\x1a/\n\x07Speaker\x12$\n\x03\x62ox\x18\x01 \x01(\x0b\x32\x17.avatar.v1.Speakers.Box\"\"\n\x05Order\x12\x0c\n\x08TOGETHER\x10\x00\x12\x0b\n\x07IN_TURN\x10\x01\"*\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"\x1d\n\x0fGetVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xaf\x01\n\x11ListVideosRequest\x12\x12\n\x05limit\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05\x61\x66ter\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x31\n\x05order\x18\x03 \x01(\x0e\x32\".avatar.v1.ListVideosRequest.Order\"+\n\x05Order\x12\x10\n\x0cNEWEST_FIRST\x10\x00\x12\x10\n\x0cOLDEST_FIRST\x10\x01\x42\x08\n\x06_limitB\x08\n\x06_after\"H\n\x12ListVideosResponse\x12 \n\x06videos\x18\x01 \x03(\x0b\x32\x10.avatar.v1.Video\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"3\n\x11WatchVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nclips_seen\x18\x02 \x01(\x05\"\xba\x01\n\nVideoEvent\x12$\n\x08progress\x18\x01 \x01(\x0b\x32\x10.avatar.v1.VideoH\x00\x12\'\n\x04\x63lip\x18\x02 \x01(\x0b\x32\x17.avatar.v1.FinishedClipH\x00\x12!\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x10.avatar.v1.VideoH\x00\x12\x31\n\x07\x64\x65leted\x18\x04 \x01(\x0b\x32\x1e.avatar.v1.DeleteVideoResponseH\x00\x42\x07\n\x05\x65vent\"A\n\x0c\x46inishedClip\x12\x0c\n\x04\x63lip\x18\x01 \x01(\x05\x12\x0e\n\x06\x66rames\x18\x02 \x01(\x05\x12\x13\n\x0b\x66inished_at\x18\x03 \x01(\x01\"\xa2\x01\n\x14\x44ownloadVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x38\n\x07variant\x18\x02 \x01(\x0e\x32\'.avatar.v1.DownloadVideoRequest.Variant\x12\x0f\n\x07partial\x18\x03 \x01(\x08\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"#\n\x07Variant\x12\t\n\x05VIDEO\x10\x00\x12\r\n\tTHUMBNAIL\x10\x01\"=\n\x0cVideoContent\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04size\x18\x03 \x01(\x03\" \n\x12\x43\x61ncelVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\" \n\x12\x44\x65leteVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\"!\n\x13\x44\x65leteVideoResponse\x12\n\n\x02id\x18\x01 \x01(\t\"\xa7\x05\n\x05Video\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.avatar.v1.Video.Status\x12\x10\n\x08progress\x18\x03 \x01(\x05\x12\x12\n\ncreated_at\x18\x04 \x01(\x03\x12\x17\n\nstarted_at\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x0c\x63ompleted_at\x18\x06 \x01(\x03H\x01\x88\x01\x01\x12\x17\n\nexpires_at\x18\x07 \x01(\x03H\x02\x88\x01\x01\x12\x0e\n\x06prompt\x18\x08 \x01(\t\x12\x0c\n\x04size\x18\t \x01(\t\x12\x14\n\x07seconds\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x0c\n\x04seed\x18\x0b \x01(\x03\x12\x12\n\x05stage\x18\x0c \x01(\tH\x04\x88\x01\x01\x12\x1b\n\x0equeue_position\x18\r \x01(\x05H\x05\x88\x01\x01\x12\x11\n\x04\x63lip\x18\x0e \x01(\x05H\x06\x88\x01\x01\x12\x12\n\x05\x63lips\x18\x0f \x01(\x05H\x07\x88\x01\x01\x12\x11\n\x04step\x18\x10 \x01(\x05H\x08\x88\x01\x01\x12\x12\n\x05steps\x18\x11 \x01(\x05H\t\x88\x01\x01\x12\x18\n\x0b\x65ta_seconds\x18\x12 \x01(\x01H\n\x88\x01\x01\x12$\n\x05\x65rror\x18\x13 \x01(\x0b\x32\x15.avatar.v1.VideoError\"g\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\x0f\n\x0bIN_PROGRESS\x10\x02\x12\r\n\tCOMPLETED\x10\x03\x12\n\n\x06\x46\x41ILED\x10\x04\x12\r\n\tCANCELLED\x10\x05\x42\r\n\x0b_started_atB\x0f\n\r_completed_atB\r\n\x0b_expires_atB\n\n\x08_secondsB\x08\n\x06_stageB\x11\n\x0f_queue_positionB\x07\n\x05_clipB\x08\n\x06_clipsB\x07\n\x05_stepB\x08\n\x06_stepsB\x0e\n\x0c_eta_seconds\"W\n\nVideoError\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x12\n\x05param\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_param2\xf6\x03\n\rAvatarService\x12@\n\x0b\x43reateVideo\x12\x1d.avatar.v1.CreateVideoRequest\x1a\x10.avatar.v1.Video(\x01\x12\x38\n\x08GetVideo\x12\x1a.avatar.v1.GetVideoRequest\x1a\x10.avatar.v1.Video\x12I\n\nListVideos\x12\x1c.avatar.v1.ListVideosRequest\x1a\x1d.avatar.v1.ListVideosResponse\x12\x43\n\nWatchVideo\x12\x1c.avatar.v1.WatchVideoRequest\x1a\x15.avatar.v1.VideoEvent0\x01\x12K\n\rDownloadVideo\x12\x1f.avatar.v1.DownloadVideoRequest\x1a\x17.avatar.v1.VideoContent0\x01\x12>\n\x0b\x43\x61ncelVideo\x12\x1d.avatar.v1.CancelVideoRequest\x1a\x10.avatar.v1.Video\x12L\n\x0b\x44\x65leteVideo\x12\x1d.avatar.v1.DeleteVideoRequest\x1a\x1e.avatar.v1.DeleteVideoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61vatar_api/protos/avatar.proto\x12\tavatar.v1\"x\n\x12\x43reateVideoRequest\x12$\n\x05video\x18\x01 \x01(\x0b\x32\x13.avatar.v1.NewVideoH\x00\x12$\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x14.avatar.v1.FileChunkH\x00\x12\x0e\n\x06\x66inish\x18\x03 \x01(\x08\x42\x06\n\x04part\"\x99\x05\n\x08NewVideo\x12\x1c\n\x0fidempotency_key\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x11\n\x04size\x18\x03 \x01(\tH\x02\x88\x01\x01\x12\x12\n\x05steps\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x1a\n\rtext_guidance\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1b\n\x0e\x61udio_guidance\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x12\n\x05shift\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10\x63olor_correction\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x18\n\x0bmax_seconds\x18\n \x01(\x01H\t\x88\x01\x01\x12\x17\n\nscene_cuts\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x18\n\x0bwebhook_url\x18\x0c \x01(\tH\x0b\x88\x01\x01\x12\x14\n\x07quality\x18\r \x01(\tH\x0c\x88\x01\x01\x12%\n\x08speakers\x18\x0e \x01(\x0b\x32\x13.avatar.v1.Speakers\x12\x1c\n\x0finput_reference\x18\x0f \x01(\tH\r\x88\x01\x01\x12\x12\n\x05\x61udio\x18\x10 \x01(\tH\x0e\x88\x01\x01\x12\x14\n\x07\x61udio_2\x18\x11 \x01(\tH\x0f\x88\x01\x01\x42\x12\n\x10_idempotency_keyB\t\n\x07_promptB\x07\n\x05_sizeB\x08\n\x06_stepsB\x07\n\x05_seedB\x10\n\x0e_text_guidanceB\x11\n\x0f_audio_guidanceB\x08\n\x06_shiftB\x13\n\x11_color_correctionB\x0e\n\x0c_max_secondsB\r\n\x0b_scene_cutsB\x0e\n\x0c_webhook_urlB\n\n\x08_qualityB\x12\n\x10_input_referenceB\x08\n\x06_audioB\n\n\x08_audio_2\"\xf9\x01\n\x08Speakers\x12-\n\x08speakers\x18\x01 \x03(\x0b\x32\x1b.avatar.v1.Speakers.Speaker\x12(\n\x05order\x18\x02 \x01(\x0e\x32\x19.avatar.v1.Speakers.Order\x1a?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x01\x12\x0b\n\x03top\x18\x02 \x01(\x01\x12\r\n\x05right\x18\x03 \x01(\x01\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x01\x1a/\n\x07Speaker\x12$\n\x03\x62ox\x18\x01 \x01(\x0b\x32\x17.avatar.v1.Speakers.Box\"\"\n\x05Order\x12\x0c\n\x08TOGETHER\x10\x00\x12\x0b\n\x07IN_TURN\x10\x01\"*\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"\x1d\n\x0fGetVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xaf\x01\n\x11ListVideosRequest\x12\x12\n\x05limit\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05\x61\x66ter\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x31\n\x05order\x18\x03 \x01(\x0e\x32\".avatar.v1.ListVideosRequest.Order\"+\n\x05Order\x12\x10\n\x0cNEWEST_FIRST\x10\x00\x12\x10\n\x0cOLDEST_FIRST\x10\x01\x42\x08\n\x06_limitB\x08\n\x06_after\"H\n\x12ListVideosResponse\x12 \n\x06videos\x18\x01 \x03(\x0b\x32\x10.avatar.v1.Video\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"3\n\x11WatchVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nclips_seen\x18\x02 \x01(\x05\"\xba\x01\n\nVideoEvent\x12$\n\x08progress\x18\x01 \x01(\x0b\x32\x10.avatar.v1.VideoH\x00\x12\'\n\x04\x63lip\x18\x02 \x01(\x0b\x32\x17.avatar.v1.FinishedClipH\x00\x12!\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x10.avatar.v1.VideoH\x00\x12\x31\n\x07\x64\x65leted\x18\x04 \x01(\x0b\x32\x1e.avatar.v1.DeleteVideoResponseH\x00\x42\x07\n\x05\x65vent\"A\n\x0c\x46inishedClip\x12\x0c\n\x04\x63lip\x18\x01 \x01(\x05\x12\x0e\n\x06\x66rames\x18\x02 \x01(\x05\x12\x13\n\x0b\x66inished_at\x18\x03 \x01(\x01\"\xa2\x01\n\x14\x44ownloadVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x38\n\x07variant\x18\x02 \x01(\x0e\x32\'.avatar.v1.DownloadVideoRequest.Variant\x12\x0f\n\x07partial\x18\x03 \x01(\x08\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"#\n\x07Variant\x12\t\n\x05VIDEO\x10\x00\x12\r\n\tTHUMBNAIL\x10\x01\"=\n\x0cVideoContent\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04size\x18\x03 \x01(\x03\" \n\x12\x43\x61ncelVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\" \n\x12\x44\x65leteVideoRequest\x12\n\n\x02id\x18\x01 \x01(\t\"!\n\x13\x44\x65leteVideoResponse\x12\n\n\x02id\x18\x01 \x01(\t\"\xa7\x05\n\x05Video\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.avatar.v1.Video.Status\x12\x10\n\x08progress\x18\x03 \x01(\x05\x12\x12\n\ncreated_at\x18\x04 \x01(\x03\x12\x17\n\nstarted_at\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x0c\x63ompleted_at\x18\x06 \x01(\x03H\x01\x88\x01\x01\x12\x17\n\nexpires_at\x18\x07 \x01(\x03H\x02\x88\x01\x01\x12\x0e\n\x06prompt\x18\x08 \x01(\t\x12\x0c\n\x04size\x18\t \x01(\t\x12\x14\n\x07seconds\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x0c\n\x04seed\x18\x0b \x01(\x03\x12\x12\n\x05stage\x18\x0c \x01(\tH\x04\x88\x01\x01\x12\x1b\n\x0equeue_position\x18\r \x01(\x05H\x05\x88\x01\x01\x12\x11\n\x04\x63lip\x18\x0e \x01(\x05H\x06\x88\x01\x01\x12\x12\n\x05\x63lips\x18\x0f \x01(\x05H\x07\x88\x01\x01\x12\x11\n\x04step\x18\x10 \x01(\x05H\x08\x88\x01\x01\x12\x12\n\x05steps\x18\x11 \x01(\x05H\t\x88\x01\x01\x12\x18\n\x0b\x65ta_seconds\x18\x12 \x01(\x01H\n\x88\x01\x01\x12$\n\x05\x65rror\x18\x13 \x01(\x0b\x32\x15.avatar.v1.VideoError\"g\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\x0f\n\x0bIN_PROGRESS\x10\x02\x12\r\n\tCOMPLETED\x10\x03\x12\n\n\x06\x46\x41ILED\x10\x04\x12\r\n\tCANCELLED\x10\x05\x42\r\n\x0b_started_atB\x0f\n\r_completed_atB\r\n\x0b_expires_atB\n\n\x08_secondsB\x08\n\x06_stageB\x11\n\x0f_queue_positionB\x07\n\x05_clipB\x08\n\x06_clipsB\x07\n\x05_stepB\x08\n\x06_stepsB\x0e\n\x0c_eta_seconds\"W\n\nVideoError\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x12\n\x05param\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_param2\xf6\x03\n\rAvatarService\x12@\n\x0b\x43reateVideo\x12\x1d.avatar.v1.CreateVideoRequest\x1a\x10.avatar.v1.Video(\x01\x12\x38\n\x08GetVideo\x12\x1a.avatar.v1.GetVideoRequest\x1a\x10.avatar.v1.Video\x12I\n\nListVideos\x12\x1c.avatar.v1.ListVideosRequest\x1a\x1d.avatar.v1.ListVideosResponse\x12\x43\n\nWatchVideo\x12\x1c.avatar.v1.WatchVideoRequest\x1a\x15.avatar.v1.VideoEvent0\x01\x12K\n\rDownloadVideo\x12\x1f.avatar.v1.DownloadVideoRequest\x1a\x17.avatar.v1.VideoContent0\x01\x12>\n\x0b\x43\x61ncelVideo\x12\x1d.avatar.v1.CancelVideoRequest\x1a\x10.avatar.v1.Video\x12L\n\x0b\x44\x65leteVideo\x12\x1d.avatar.v1.DeleteVideoRequest\x1a\x1e.avatar.v1.DeleteVideoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,51 +32,51 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'avatar_api.protos.avatar_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATEVIDEOREQUEST']._serialized_start=45
-  _globals['_CREATEVIDEOREQUEST']._serialized_end=149
-  _globals['_NEWVIDEO']._serialized_start=152
-  _globals['_NEWVIDEO']._serialized_end=817
-  _globals['_SPEAKERS']._serialized_start=820
-  _globals['_SPEAKERS']._serialized_end=1069
-  _globals['_SPEAKERS_BOX']._serialized_start=921
-  _globals['_SPEAKERS_BOX']._serialized_end=984
-  _globals['_SPEAKERS_SPEAKER']._serialized_start=986
-  _globals['_SPEAKERS_SPEAKER']._serialized_end=1033
-  _globals['_SPEAKERS_ORDER']._serialized_start=1035
-  _globals['_SPEAKERS_ORDER']._serialized_end=1069
-  _globals['_FILECHUNK']._serialized_start=1071
-  _globals['_FILECHUNK']._serialized_end=1113
-  _globals['_GETVIDEOREQUEST']._serialized_start=1115
-  _globals['_GETVIDEOREQUEST']._serialized_end=1144
-  _globals['_LISTVIDEOSREQUEST']._serialized_start=1147
-  _globals['_LISTVIDEOSREQUEST']._serialized_end=1322
-  _globals['_LISTVIDEOSREQUEST_ORDER']._serialized_start=1259
-  _globals['_LISTVIDEOSREQUEST_ORDER']._serialized_end=1302
-  _globals['_LISTVIDEOSRESPONSE']._serialized_start=1324
-  _globals['_LISTVIDEOSRESPONSE']._serialized_end=1396
-  _globals['_WATCHVIDEOREQUEST']._serialized_start=1398
-  _globals['_WATCHVIDEOREQUEST']._serialized_end=1449
-  _globals['_VIDEOEVENT']._serialized_start=1452
-  _globals['_VIDEOEVENT']._serialized_end=1638
-  _globals['_FINISHEDCLIP']._serialized_start=1640
-  _globals['_FINISHEDCLIP']._serialized_end=1705
-  _globals['_DOWNLOADVIDEOREQUEST']._serialized_start=1708
-  _globals['_DOWNLOADVIDEOREQUEST']._serialized_end=1870
-  _globals['_DOWNLOADVIDEOREQUEST_VARIANT']._serialized_start=1835
-  _globals['_DOWNLOADVIDEOREQUEST_VARIANT']._serialized_end=1870
-  _globals['_VIDEOCONTENT']._serialized_start=1872
-  _globals['_VIDEOCONTENT']._serialized_end=1933
-  _globals['_CANCELVIDEOREQUEST']._serialized_start=1935
-  _globals['_CANCELVIDEOREQUEST']._serialized_end=1967
-  _globals['_DELETEVIDEOREQUEST']._serialized_start=1969
-  _globals['_DELETEVIDEOREQUEST']._serialized_end=2001
-  _globals['_DELETEVIDEORESPONSE']._serialized_start=2003
-  _globals['_DELETEVIDEORESPONSE']._serialized_end=2036
-  _globals['_VIDEO']._serialized_start=2039
-  _globals['_VIDEO']._serialized_end=2718
-  _globals['_VIDEO_STATUS']._serialized_start=2473
-  _globals['_VIDEO_STATUS']._serialized_end=2576
-  _globals['_VIDEOERROR']._serialized_start=2720
-  _globals['_VIDEOERROR']._serialized_end=2807
-  _globals['_AVATARSERVICE']._serialized_start=2810
-  _globals['_AVATARSERVICE']._serialized_end=3312
+  _globals['_CREATEVIDEOREQUEST']._serialized_end=165
+  _globals['_NEWVIDEO']._serialized_start=168
+  _globals['_NEWVIDEO']._serialized_end=833
+  _globals['_SPEAKERS']._serialized_start=836
+  _globals['_SPEAKERS']._serialized_end=1085
+  _globals['_SPEAKERS_BOX']._serialized_start=937
+  _globals['_SPEAKERS_BOX']._serialized_end=1000
+  _globals['_SPEAKERS_SPEAKER']._serialized_start=1002
+  _globals['_SPEAKERS_SPEAKER']._serialized_end=1049
+  _globals['_SPEAKERS_ORDER']._serialized_start=1051
+  _globals['_SPEAKERS_ORDER']._serialized_end=1085
+  _globals['_FILECHUNK']._serialized_start=1087
+  _globals['_FILECHUNK']._serialized_end=1129
+  _globals['_GETVIDEOREQUEST']._serialized_start=1131
+  _globals['_GETVIDEOREQUEST']._serialized_end=1160
+  _globals['_LISTVIDEOSREQUEST']._serialized_start=1163
+  _globals['_LISTVIDEOSREQUEST']._serialized_end=1338
+  _globals['_LISTVIDEOSREQUEST_ORDER']._serialized_start=1275
+  _globals['_LISTVIDEOSREQUEST_ORDER']._serialized_end=1318
+  _globals['_LISTVIDEOSRESPONSE']._serialized_start=1340
+  _globals['_LISTVIDEOSRESPONSE']._serialized_end=1412
+  _globals['_WATCHVIDEOREQUEST']._serialized_start=1414
+  _globals['_WATCHVIDEOREQUEST']._serialized_end=1465
+  _globals['_VIDEOEVENT']._serialized_start=1468
+  _globals['_VIDEOEVENT']._serialized_end=1654
+  _globals['_FINISHEDCLIP']._serialized_start=1656
+  _globals['_FINISHEDCLIP']._serialized_end=1721
+  _globals['_DOWNLOADVIDEOREQUEST']._serialized_start=1724
+  _globals['_DOWNLOADVIDEOREQUEST']._serialized_end=1886
+  _globals['_DOWNLOADVIDEOREQUEST_VARIANT']._serialized_start=1851
+  _globals['_DOWNLOADVIDEOREQUEST_VARIANT']._serialized_end=1886
+  _globals['_VIDEOCONTENT']._serialized_start=1888
+  _globals['_VIDEOCONTENT']._serialized_end=1949
+  _globals['_CANCELVIDEOREQUEST']._serialized_start=1951
+  _globals['_CANCELVIDEOREQUEST']._serialized_end=1983
+  _globals['_DELETEVIDEOREQUEST']._serialized_start=1985
+  _globals['_DELETEVIDEOREQUEST']._serialized_end=2017
+  _globals['_DELETEVIDEORESPONSE']._serialized_start=2019
+  _globals['_DELETEVIDEORESPONSE']._serialized_end=2052
+  _globals['_VIDEO']._serialized_start=2055
+  _globals['_VIDEO']._serialized_end=2734
+  _globals['_VIDEO_STATUS']._serialized_start=2489
+  _globals['_VIDEO_STATUS']._serialized_end=2592
+  _globals['_VIDEOERROR']._serialized_start=2736
+  _globals['_VIDEOERROR']._serialized_end=2823
+  _globals['_AVATARSERVICE']._serialized_start=2826
+  _globals['_AVATARSERVICE']._serialized_end=3328
 # @@protoc_insertion_point(module_scope)

@@ -8,12 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CreateVideoRequest(_message.Message):
-    __slots__ = ("video", "file")
+    __slots__ = ("video", "file", "finish")
     VIDEO_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
     video: NewVideo
     file: FileChunk
-    def __init__(self, video: _Optional[_Union[NewVideo, _Mapping]] = ..., file: _Optional[_Union[FileChunk, _Mapping]] = ...) -> None: ...
+    finish: bool
+    def __init__(self, video: _Optional[_Union[NewVideo, _Mapping]] = ..., file: _Optional[_Union[FileChunk, _Mapping]] = ..., finish: _Optional[bool] = ...) -> None: ...
 
 class NewVideo(_message.Message):
     __slots__ = ("idempotency_key", "prompt", "size", "steps", "seed", "text_guidance", "audio_guidance", "shift", "color_correction", "max_seconds", "scene_cuts", "webhook_url", "quality", "speakers", "input_reference", "audio", "audio_2")
