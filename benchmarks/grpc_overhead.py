@@ -29,9 +29,10 @@ from avatar_api.auth import Authenticated, Keys
 from avatar_api.http import OneErrorShape, create_app
 from avatar_api.jobs import JobStore
 from avatar_api.protos import avatar_pb2 as pb
+from avatar_api.routes import create_router, refuse
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage
-from avatar_api.videos import REFUSABLE, create_router, refuse
+from avatar_api.videos import REFUSABLE
 from tests.test_grpc import MB, Caller, Serving, chunk, wanted
 from tests.test_videos import Backend, picture
 
