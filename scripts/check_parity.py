@@ -220,7 +220,7 @@ def dit_cases(goldens: Path, group: str) -> Iterator[Case]:
         else:
             voices = [tensors[f"{name}.full_audio_emb{person + 1}"] for person in range(case["people"])]
             audio = torch.stack([voice[frames.clamp(0, len(voice) - 1)] for voice in voices])[None]
-        regions = tensors[f"{name}.ref_target_masks"][:2, ::2, ::2] > 0
+        regions = tensors[f"{name}.ref_target_masks"][:2, ::2, ::2] > 0 if case["people"] == 2 else None
         padded = F.pad(context, (0, 0, 0, 512 - len(context)))[None]
         prediction = model(latents, tensors[f"{name}.t"], padded, tensors[f"{name}.clip_fea"], audio, regions=regions)
         return [compare(prediction[0], tensors[f"{name}.out"], FORWARD)]
