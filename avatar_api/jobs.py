@@ -725,12 +725,9 @@ def _in_turn(queued: sa.ColumnElement[bool]) -> tuple[sa.Select[Any], list[sa.Co
     running = sa.select(jobs.c.client, sa.func.count().label("jobs")).where(jobs.c.state == IN_PROGRESS)
     busy = running.group_by(jobs.c.client).subquery()
     queue = sa.select(jobs).join(numbered, numbered.c.seq == jobs.c.seq).outerjoin(busy, busy.c.client == jobs.c.client)
-    # Once more: of a row that changed until it could be locked, PostgreSQL looks at this condition again, and only this.
-    return queue.where(queued), [
-        jobs.c.priority.desc(),
-        numbered.c.number + sa.func.coalesce(busy.c.jobs, 0),
-        jobs.c.seq,
-    ]
+    turn = numbered.c.number + sa.func.coalesce(busy.c.jobs, 0)
+    # Asked twice: of a row that changed before it could be locked, PostgreSQL looks at this condition again, only here.
+    return queue.where(queued), [jobs.c.priority.desc(), turn, jobs.c.seq]
 
 
 def _named(job_id: str) -> sa.ColumnElement[bool]:
