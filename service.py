@@ -82,6 +82,8 @@ class AvatarRunner:
         self._thread.start()
 
     def _load_and_work(self) -> None:
+        import torch
+
         from avatar_api.worker import load, work
 
         settings = ServiceSettings()
@@ -96,7 +98,7 @@ class AvatarRunner:
         load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
         try:
             pipeline = load_models(settings.memory)
-        except (CheckpointError, InputError, RankError) as error:
+        except (CheckpointError, InputError, RankError, torch.OutOfMemoryError) as error:
             logger.critical("The models cannot be loaded: %s", error)
             return
         logger.info("Models loaded on %s in %.1f s; %s", pipeline.device, time.monotonic() - started, pipeline.memory)

@@ -182,13 +182,15 @@ class TestTrouble:
         assert self.run(ranks, Add(), Add()) == [[121, 111], [222, 212]], "a rank without a share rests"
 
     def test_a_follower_that_fails_ends_the_run_with_its_reason(self, ranks: Followers) -> None:
-        with pytest.raises(RankError, match="rank 2 of 3 failed: OutOfMemoryError on cpu: CUDA out of memory"):
+        with pytest.raises(
+            torch.OutOfMemoryError, match="rank 2 of 3 failed: OutOfMemoryError on cpu: CUDA out of memory"
+        ):
             self.run(ranks, Add(), Add(), Trouble(happens=fail))
         assert not multiprocessing.active_children()
 
     def test_a_follower_that_cannot_load_says_why(self, ranks: Followers, broken: Path) -> None:
         broken.touch()
-        with pytest.raises(RankError, match="failed: OutOfMemoryError on cpu: CUDA out of memory"):
+        with pytest.raises(torch.OutOfMemoryError, match="failed: OutOfMemoryError on cpu: CUDA out of memory"):
             self.run(ranks, Add(), Add())
         broken.unlink()
 
