@@ -242,11 +242,9 @@ class AvatarApi:
                 return _refused(ctx, Response(status_code=499))
             await asyncio.sleep(POLL_SECONDS)
             job = await asyncio.to_thread(self.store.get, job.id)
-        if job.state != COMPLETED or job.result is None:
+        if job.state != COMPLETED:
             return _refused(ctx, answer(failure(job)))
-        video = str(job.result["video"])
-        await asyncio.to_thread(self.storage.obtain, job.id, video)
-        return self.storage.folder(job.id) / video
+        return await asyncio.to_thread(videos.content, job, "video", False)
 
 
 adapt_forms(ServiceSettings().max_upload_bytes)

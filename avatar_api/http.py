@@ -11,6 +11,8 @@ from itertools import chain
 from typing import Any
 
 from _bentoml_impl.serde import MultipartSerde
+from bentoml._internal.context import server_context
+from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml.exceptions import InvalidArgument
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -133,9 +135,6 @@ def count_by_route(paths: Iterable[str]) -> None:
     It counts by the path as it was sent, and for ever: several series for each video, and for each path that a stranger
     tries. From here on a path counts as its route, `/v1/videos/{video_id}`, or as `other`.
     """
-    from bentoml._internal.context import server_context  # late: the job store, which imports us, works without BentoML
-    from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
-
     set_up = RunnerTrafficMetricsMiddleware._setup
     patterns = {path: compile_path(path)[0] for path in paths}
 

@@ -12,7 +12,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import FormData, UploadFile
 
 from avatar_api import outgoing
-from avatar_api.auth import client_of
+from avatar_api.auth import NO_KEY, client_of
 from avatar_api.http import error_object, error_response
 from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, Job
@@ -53,7 +53,7 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {  # status: when, and a
     ),
     401: (
         "The API key is missing or not known.",
-        "The API key is missing or not known; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.",
+        NO_KEY,
         "invalid_api_key",
         None,
     ),
