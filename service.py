@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import aiohttp
 import bentoml
 from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
@@ -45,6 +46,7 @@ logs.set_up(ServiceSettings().log_format)
 LONGEST_CALL = 7 * 24 * 3600  # seconds until the first byte: a call of generate() waits for its video
 POLL_SECONDS = 0.1  # how often such a call looks for its video, and whether its caller is still there
 SCRAPE_SECONDS = 5.0  # how long Prometheus, who waits for ten, waits for the database
+RUNNER_SECONDS = 3.0  # how long health waits for the runner, who answers at once where there is one
 GRACE_SECONDS = 20.0  # after SIGTERM: what a clip may take before its job goes back to the queue, and a gRPC call
 
 
@@ -66,7 +68,13 @@ class ImportedModel(BentoModel):
             raise BentoMLException(f"Model {self.tag} is not in the model store; import it: {command}") from error
 
 
-@bentoml.service(name="avatar_runner", workers=1, resources={"gpu": ServiceSettings().gpus})
+@bentoml.service(
+    name="avatar_runner",
+    workers=1,
+    resources={"gpu": ServiceSettings().gpus},
+    # BentoML would renew the connection every 300 s and every 100 calls, and break off the calls that are on it.
+    runner_connection={"max_age": 1e9, "max_requests": 10**9},
+)
 class AvatarRunner:
     """One per GPU, or per AVATAR_GPUS of them. Loads in a thread and works through the jobs in it; meanwhile it says at
     once whether it is ready."""
@@ -180,9 +188,13 @@ class AvatarApi:
             self._grpc.stop_at_sigterm(GRACE_SECONDS)
 
     async def loaded(self) -> bool:
-        """Are the models loaded?"""
+        """Are the models loaded? Not while the runner's process is away: it is started again, and its socket waits."""
         runner: Any = self.runner
-        return bool(await runner.to_async.loaded())
+        try:
+            async with asyncio.timeout(RUNNER_SECONDS):
+                return bool(await runner.to_async.loaded())
+        except (aiohttp.ClientError, TimeoutError):
+            return False
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

@@ -100,6 +100,10 @@ class Served:
         """Are both processes still those that started?"""
         return all(process.is_running() for process in self._processes.values())
 
+    def kill(self, role: str) -> None:
+        """The process gets no chance to end well; BentoML starts another."""
+        self._processes[role].kill()
+
     def footprint(self, role: str = "avatar_api") -> Footprint:
         process = self._processes[role]
         status = Path(f"/proc/{process.pid}/status").read_text().splitlines()

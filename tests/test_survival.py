@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -51,6 +53,24 @@ def test_many_clients_at_once_get_their_videos_and_leave_nothing_open(served: Se
     before = served.footprint()
     assert len(clients.all_visit(served, 20)["download"]) == 20
     assert served.footprint().open_files <= before.open_files + clients.OPEN_FILES
+
+
+def test_health_is_asked_by_many_at_once_and_always_answered(served: Served) -> None:
+    with httpx.Client() as client, ThreadPoolExecutor(16) as pool:
+        answers = Counter(pool.map(lambda _: client.get(served.url + "/ping").status_code, range(600)))
+    assert answers == {200: 600}
+
+
+def test_while_the_runner_is_away_the_models_are_loading(tmp_path: Path) -> None:
+    with Served(tmp_path / "home") as running:
+        running.kill("avatar_runner")
+        answers: list[int] = []
+        deadline = time.monotonic() + 60
+        while 204 not in answers or answers[-1] != 200:
+            assert time.monotonic() < deadline, answers
+            answers.append(httpx.get(running.url + "/ping", timeout=10).status_code)
+            time.sleep(0.1)
+        assert set(answers) <= {200, 204}
 
 
 def test_a_form_that_cannot_be_read_is_refused_with_the_reason(served: Served) -> None:
