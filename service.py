@@ -26,11 +26,12 @@ from pydantic import BeforeValidator
 
 from avatar_api import grpc_server, logs, metrics
 from avatar_api.auth import Authenticated, Keys, client_of
+from avatar_api.database import OUTAGES
 from avatar_api.grpc_server import GrpcServer
 from avatar_api.housekeeping import Housekeeper
 from avatar_api.http import OneErrorShape, SecurityHeaders, adapt_forms, count_by_route, create_app
 from avatar_api.inputs import Source
-from avatar_api.jobs import COMPLETED, FINISHED, OUTAGES, STATES, Job, JobStore, runner_name
+from avatar_api.jobs import COMPLETED, FINISHED, STATES, Job, JobStore, runner_name
 from avatar_api.requests import DEFAULTS
 from avatar_api.routes import answer, create_router, refuse
 from avatar_api.settings import ServiceSettings

@@ -6,9 +6,7 @@ what owns jobs, and what logs may show.
 
 import hashlib
 import hmac
-import os
 import secrets
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from avatar_api.http import error_response
+from avatar_api.secret_files import kept_secret
 from avatar_api.settings import ServiceSettings
 
 HEALTH = ("/ping", "/livez", "/readyz", "/healthz")
@@ -90,17 +89,9 @@ def _digest(key: str) -> str:
 
 
 def _own_key(file: Path) -> str:
-    """The key in a file that only its owner may read; of several processes that find none, one makes it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """The key in the home folder; printed where this process is the one that made it."""
     key = f"avatar_{secrets.token_urlsafe(32)}"
-    descriptor, draft = tempfile.mkstemp(dir=file.parent)  # for its owner alone
-    with os.fdopen(descriptor, "w") as written:
-        written.write(key + "\n")
-    try:
-        os.link(draft, file)
-    except FileExistsError:
-        return file.read_text().strip()
-    finally:
-        Path(draft).unlink()
-    print(f"Your API key, made at this first start and kept in {file}:\n\n    {key}\n", flush=True)
-    return key
+    kept = kept_secret(file, key)
+    if kept == key:
+        print(f"Your API key, made at this first start and kept in {file}:\n\n    {key}\n", flush=True)
+    return kept

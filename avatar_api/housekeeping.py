@@ -5,7 +5,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from avatar_api.jobs import FINISHED, OUTAGES, Job, JobNotFinishedError, JobNotFoundError, JobStore
+from avatar_api.database import OUTAGES
+from avatar_api.jobs import FINISHED, Job, JobNotFinishedError, JobNotFoundError, JobStore
 from avatar_api.logs import of_job
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage, StorageError

@@ -22,31 +22,21 @@ import fcntl
 import json
 import logging
 import os
-import random
 import secrets
 import socket
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TextIO, get_args
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Column, Connection, Engine, ForeignKey, Index, MetaData, Row, Table, event
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy import Column, Connection, Row
 
 from avatar_api import logs, metrics
+from avatar_api.database import OUTAGES, SUBMISSION_LOCK, Database, clips, jobs
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +50,9 @@ STATES: tuple[State, ...] = get_args(State)
 FINISHED: tuple[State, ...] = (COMPLETED, FAILED, CANCELLED)
 RUNNER_DIED = "runner_died"
 
-OUTAGES = (OperationalError, InterfaceError, InternalError)  # stopped, restarting, read-only, locked, out of disk
 POLL_SECONDS = {"sqlite": 0.25, "postgresql": 1.0}
 PAGE = 500  # jobs read at a time
-SQLITE_WAIT = 10  # seconds for another process to finish its write
 STALLED_EXIT = 70  # exit status, EX_SOFTWARE
-MIGRATIONS = Path(__file__).parent / "migrations"
-MIGRATION_LOCK, SUBMISSION_LOCK = 0x41564154, 0x41564155  # any numbers that nothing else in the database locks
 
 Json = dict[str, Any]
 
@@ -169,51 +155,6 @@ class FinishedClip:
     finished_at: float
 
 
-metadata = MetaData()
-_Json = sa.JSON(none_as_null=True)
-_Seq = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-
-_TELLS = sa.text("webhook_url IS NOT NULL")
-
-jobs = Table(
-    "jobs",
-    metadata,
-    Column("seq", _Seq, primary_key=True),  # the order of submission; never used again
-    Column("id", sa.Text, nullable=False, unique=True),
-    Column("key", sa.Text, unique=True),
-    Column("spec", _Json, nullable=False),
-    Column("state", sa.Text, nullable=False, default=QUEUED),
-    Column("priority", sa.Integer, nullable=False),
-    Column("progress", _Json),
-    Column("result", _Json),
-    Column("error", _Json),
-    Column("attempts", sa.Integer, nullable=False, default=0),
-    Column("not_before", sa.Double, nullable=False, default=0),
-    Column("owner", sa.Text),
-    Column("epoch", sa.Integer, nullable=False, default=0),
-    Column("lease_until", sa.Double, nullable=False, default=0),  # 0: nobody's
-    Column("cancel_requested", sa.Boolean, nullable=False, default=False),
-    Column("created_at", sa.Double, nullable=False),
-    Column("started_at", sa.Double),
-    Column("finished_at", sa.Double),
-    Column("client", sa.Text, nullable=False, server_default=""),
-    Column("webhook_url", sa.Text),
-    Column("webhook_at", sa.Double, nullable=False, server_default="0"),  # the next attempt
-    Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
-    Column("traceparent", sa.Text),
-    Index("jobs_in_order", "state", sa.text("priority DESC"), "seq"),
-    Index("jobs_of_client", "client", "seq"),
-    Index("jobs_to_tell", "webhook_at", sqlite_where=_TELLS, postgresql_where=_TELLS),
-    sqlite_autoincrement=True,
-)
-clips = Table(
-    "clips",
-    metadata,
-    Column("job", _Seq, ForeignKey("jobs.seq", ondelete="CASCADE"), primary_key=True),
-    Column("index", sa.Integer, primary_key=True),
-    Column("result", _Json, nullable=False),
-    Column("finished_at", sa.Double, nullable=False),
-)
 for _state in FINISHED:
     metrics.ENDED.labels(_state)  # is 0 until the first
 metrics.FAILURES.labels(RUNNER_DIED)
@@ -222,42 +163,22 @@ _Row = Row[*tuple[Any, ...]]
 _JOB = [jobs.c[field.name] for field in fields(Job)]
 _CLIP = [clips.c[field.name] for field in fields(FinishedClip)]
 
-_NOW = {  # the database's clock; PostgreSQL's when the statement arrived, as locks may be waited for inside
-    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
-    "postgresql": "CAST(extract(epoch FROM statement_timestamp()) AS DOUBLE PRECISION)",
-}
-
 
 class JobStore:
     """The queue. Any number of processes and threads may use the same database, each process through one store.
 
-    url: `sqlite:///FILE`, for the processes of one machine, never on a network drive; or `postgresql://…`.
-    Opening it makes the tables or brings them up to date. Every method raises one of OUTAGES while the database is
-    out of reach.
+    url: of the `Database`. Every method raises one of its OUTAGES while it is out of reach.
     """
 
     def __init__(self, url: str, settings: JobSettings = JobSettings()) -> None:
         self.settings = settings
-        self._kind = sa.make_url(url).get_backend_name()
-        if self._kind not in _NOW:
-            raise ValueError(f"database: {self._kind}:// is not supported; use sqlite:///FILE or postgresql://…")
-        self._engine = sa.create_engine(
-            url,
-            pool_pre_ping=True,
-            hide_parameters=True,  # an error shows the statement, which is logged, and not what people sent
-            json_serializer=partial(json.dumps, allow_nan=False),
-        )
-        self.poll_seconds = settings.poll or POLL_SECONDS[self._kind]
-        self._now = sa.literal_column(_NOW[self._kind], sa.Double)
-        self._insert = sqlite.insert if self._kind == "sqlite" else postgresql.insert
-        self._writer = self._engine.execution_options(writes=True)
-        self._one_writer = threading.Lock() if self._kind == "sqlite" else nullcontext()
+        self._database = Database(url)
+        self.poll_seconds = settings.poll or POLL_SECONDS[self._database.kind]
+        self._now = self._database.now
         self._reached_at = self._reached_since = 0.0
-        (_prepare_sqlite if self._kind == "sqlite" else _prepare_postgresql)(self._engine)
-        self._migrate()
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     # The API's side
 
@@ -282,15 +203,13 @@ class JobStore:
         own_key = None if key is None else json.dumps([client, key])
         values = {"id": job_id, "key": own_key, "spec": spec, "priority": priority, "created_at": self._now}
         values |= {"client": client, "webhook_url": webhook_url, "traceparent": traceparent}
-        insert = self._insert(jobs).values(values).on_conflict_do_nothing().returning(*_JOB)
+        insert = self._database.insert(jobs, values).returning(*_JOB)
         same = (jobs.c.id == job_id) if key is None else (jobs.c.id == job_id) | (jobs.c.key == own_key)
         while True:  # again only if the job that is there was deleted in between
-            with self._writing() as connection:
-                if limits is not None:
-                    if self._kind == "postgresql":  # SQLite has one writer anyway
-                        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SUBMISSION_LOCK)))
-                    if not connection.execute(sa.select(sa.select(jobs.c.seq).where(same).exists())).scalar():
-                        self._check_limits(connection, client, limits)
+            with self._database.writing(None if limits is None else SUBMISSION_LOCK) as connection:
+                known = sa.select(sa.select(jobs.c.seq).where(same).exists())
+                if limits is not None and not connection.execute(known).scalar():
+                    self._check_limits(connection, client, limits)
                 if row := connection.execute(insert).first():
                     return Job(*row)
                 found = [Job(*row) for row in connection.execute(sa.select(*_JOB).where(same))]
@@ -312,13 +231,13 @@ class JobStore:
 
     def get(self, job_id: str) -> Job:
         """One look-up by index: cheap enough to be asked several times a second. Raises JobNotFoundError."""
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return Job(*_row(connection, job_id, _JOB))
 
     def clips(self, job_id: str, after: int = -1) -> list[FinishedClip]:
         """The finished clips with an index greater than `after`, in order; none for an unknown job."""
         mine = clips.join(jobs).select().with_only_columns(*_CLIP).where(_named(job_id), clips.c.index > after)
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return [FinishedClip(*row) for row in connection.execute(mine.order_by(clips.c.index))]
 
     def page(
@@ -335,7 +254,7 @@ class JobStore:
         query = sa.select(*_JOB).order_by(jobs.c.seq.desc() if order == "desc" else jobs.c.seq).limit(limit)
         if client is not None:
             query = query.where(jobs.c.client == client)
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             if after is not None:
                 (seq,) = _row(connection, after, [jobs.c.seq])
                 query = query.where(jobs.c.seq < seq if order == "desc" else jobs.c.seq > seq)
@@ -346,7 +265,7 @@ class JobStore:
         last = 0
         while True:
             query = sa.select(jobs.c.seq, *_JOB).where(jobs.c.seq > last).order_by(jobs.c.seq).limit(PAGE)
-            with self._engine.connect() as connection:
+            with self._database.reading() as connection:
                 rows = connection.execute(query).all()
             for seq, *values in rows:
                 last = seq
@@ -358,13 +277,13 @@ class JobStore:
         """How many queued jobs go before this one; None for one that is not queued. Raises JobNotFoundError."""
         queue, order = _in_turn(jobs.c.state == QUEUED)
         places = queue.add_columns((sa.func.row_number().over(order_by=order) - 1).label("place")).subquery()
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             (seq,) = _row(connection, job_id, [jobs.c.seq])
             return connection.execute(sa.select(places.c.place).where(places.c.seq == seq)).scalar()
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state; a state with none is left out."""
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
             return dict(connection.execute(query).all())
 
@@ -377,7 +296,7 @@ class JobStore:
         stop = sa.update(jobs).where(_named(job_id), jobs.c.state.not_in(FINISHED))
         state, finished_at = sa.case((idle, CANCELLED), else_=jobs.c.state), sa.case((idle, self._now))
         stop = stop.values(cancel_requested=True, state=state, finished_at=finished_at).returning(jobs.c.state)
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             stopped = connection.execute(stop).scalar()
             job = Job(*_row(connection, job_id, _JOB))
         if stopped == CANCELLED:
@@ -394,7 +313,7 @@ class JobStore:
         values |= {"attempts": 0, "not_before": 0, "lease_until": 0, "epoch": jobs.c.epoch + 1}
         values |= {"webhook_url": webhook_url, "webhook_at": 0, "webhook_attempts": 0}
         again = sa.update(jobs).where(jobs.c.id == job_id, ended).values(values).returning(*_JOB)
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             if row := connection.execute(again).first():
                 return Job(*row)
             (state,) = _row(connection, job_id, [jobs.c.state])
@@ -403,7 +322,7 @@ class JobStore:
     def delete(self, job_id: str) -> None:
         """Forget a finished job; its files are the caller's to delete. Raises JobNotFoundError, JobNotFinishedError."""
         finished = sa.delete(jobs).where(_named(job_id), jobs.c.state.in_(FINISHED)).returning(jobs.c.seq)
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             if connection.execute(finished).first() is None:
                 (state,) = _row(connection, job_id, [jobs.c.state])
                 raise JobNotFinishedError(f"Job {job_id!r} is {state}; cancel it, or wait, before deleting it.")
@@ -414,11 +333,11 @@ class JobStore:
         """A finished job whose webhook is due, for this caller to send and to answer for within `patience` seconds."""
         due = jobs.c.state.in_(FINISHED) & jobs.c.webhook_url.is_not(None) & (jobs.c.webhook_at <= self._now)
         first = sa.select(jobs.c.seq).where(due).order_by(jobs.c.webhook_at).limit(1)
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             if connection.execute(first).first() is None:
                 return None
         taken = {"webhook_at": self._now + patience, "webhook_attempts": jobs.c.webhook_attempts + 1}
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             row = connection.execute(first.with_for_update(skip_locked=True)).first()
             if row is None:
                 return None
@@ -429,7 +348,7 @@ class JobStore:
     def webhook_sent(self, job_id: str, again_after: float | None) -> None:
         """What became of it: None if it was received or is given up, else the seconds until the next attempt."""
         values = {"webhook_url": None} if again_after is None else {"webhook_at": self._now + again_after}
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(values))
 
     # The runner's side
@@ -437,13 +356,13 @@ class JobStore:
     def reclaim(self, owner: str) -> None:
         """A runner that starts hands back what its dead self held, for any runner to take now, not after the lease."""
         held = (jobs.c.owner == owner) & (jobs.c.state == IN_PROGRESS)
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             connection.execute(sa.update(jobs).where(held).values(lease_until=0))
 
     def last_completed(self, owner: str) -> Job | None:
         """The job that a runner completed last, if it is still there."""
         own = sa.select(*_JOB).where(jobs.c.state == COMPLETED, jobs.c.owner == owner)
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(own.order_by(jobs.c.finished_at.desc()).limit(1)).first()
         return None if row is None else Job(*row)
 
@@ -458,14 +377,14 @@ class JobStore:
         queued = (jobs.c.state == QUEUED) & (jobs.c.not_before <= self._now)
         freed = running & ((jobs.c.lease_until == 0) | (jobs.c.owner == owner))
         expired = running & (jobs.c.lease_until < self._now)
-        with self._engine.connect() as connection:  # idle runners only read
+        with self._database.reading() as connection:  # idle runners only read
             some = [sa.select(jobs.c.seq).where(kind).exists() for kind in (queued, freed, expired)]
             now, some_queued, some_freed, some_expired = connection.execute(sa.select(self._now, *some)).one()
         owners_had_their_turn = self._reached(now)
         if not (some_queued or some_freed or (some_expired and owners_had_their_turn)):
             return None
         lost = freed | expired if owners_had_their_turn else freed
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             lost_first = sa.select(jobs).where(lost).order_by(jobs.c.priority.desc(), jobs.c.seq)
             queue, order = _in_turn(queued)
             taken = self._take(connection, lost_first, owner) or self._take(connection, queue.order_by(*order), owner)
@@ -512,26 +431,6 @@ class JobStore:
             self._reached_since = now
         self._reached_at = now
         return now - self._reached_since >= self.settings.lease
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """One transaction that may write, all or nothing."""
-        with self._one_writer, self._writer.begin() as connection:
-            yield connection
-
-    def _migrate(self) -> None:
-        """Bring the tables up to date. Of several processes at once, the first does it and the others wait."""
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        known = {revision.revision for revision in ScriptDirectory.from_config(config).walk_revisions()}
-        with self._writing() as connection:
-            if self._kind == "postgresql":
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-            current = MigrationContext.configure(connection).get_current_revision()
-            if current is not None and current not in known:
-                raise RuntimeError(f"The database is of a newer version ({current}) than this program; update it.")
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
 
 
 class Claim:
@@ -587,7 +486,7 @@ class Claim:
         """Record a finished clip; its files are in place. Whatever happens after this, it never runs again."""
         self._attempts = 1
         row = {"job": self._seq, "index": index, "result": result, "finished_at": self._store._now}
-        insert = self._store._insert(clips).values(row).on_conflict_do_nothing()  # said twice if the answer got lost
+        insert = self._store._database.insert(clips, row)  # said twice if the answer got lost
         self._insist((IN_PROGRESS,), {"lease_until": self._lease, "attempts": 1, "error": None}, insert)
         self.clips.append(FinishedClip(index, result, self._reached_at))
 
@@ -645,7 +544,7 @@ class Claim:
         write = sa.update(jobs).where(mine).values(values | {"progress": self._progress})
         answer = write.returning(jobs.c.state, jobs.c.cancel_requested, self._store._now)
         try:
-            with self._store._writing() as connection:
+            with self._store._database.writing() as connection:
                 row = connection.execute(answer).first()
                 if row is not None and insert is not None:
                     connection.execute(insert)
@@ -740,51 +639,3 @@ def _row(connection: Connection, job_id: str, columns: Sequence[Column[Any]]) ->
     if row is None:
         raise JobNotFoundError(f"There is no job {job_id!r}.")
     return row
-
-
-def _prepare_sqlite(engine: Engine) -> None:
-    def once_free(execute: Callable[[], object]) -> None:
-        """SQLite itself asks ever more seldom, down to every 0.1 s, and never gets its turn on a busy database."""
-        deadline = time.monotonic() + SQLITE_WAIT
-        while True:
-            try:
-                execute()
-            except (sqlite3.OperationalError, OperationalError) as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(random.uniform(0.001, 0.004))  # noqa: S311 - no secret
-            else:
-                return
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: sqlite3.Connection, _: object) -> None:
-        connection.isolation_level = None  # transactions begin below, not where the driver thinks fit
-        connection.execute(f"PRAGMA busy_timeout = {SQLITE_WAIT * 1000}")
-        once_free(lambda: connection.execute("PRAGMA journal_mode = WAL"))
-        connection.execute("PRAGMA synchronous = FULL")  # 0.4 ms a write, for surviving a power cut
-        connection.execute("PRAGMA foreign_keys = ON")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        if not connection.get_execution_options().get("writes"):
-            connection.exec_driver_sql("BEGIN")
-            return
-        connection.exec_driver_sql("PRAGMA busy_timeout = 0")
-        once_free(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {SQLITE_WAIT * 1000}")
-
-
-def _prepare_postgresql(engine: Engine) -> None:
-    """A machine that vanishes must not keep others waiting: not for its answer, and not for its locks."""
-
-    @event.listens_for(engine, "do_connect")
-    def dial(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:
-        ours: Json = {"connect_timeout": 5, "tcp_user_timeout": 10000, "keepalives_idle": 10, "keepalives_interval": 5}
-        ours |= {"client_encoding": "utf8"}  # where a server was set up without a locale, text would come as bytes
-        for name, value in ours.items():
-            options.setdefault(name, value)  # the address may say otherwise
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: DBAPIConnection, _: object) -> None:
-        connection.cursor().execute("SET idle_in_transaction_session_timeout = '30s'")
-        connection.commit()

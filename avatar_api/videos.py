@@ -16,6 +16,7 @@ from typing import Annotated, Any, BinaryIO, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from avatar_api import outgoing, previews, tracing
+from avatar_api.database import OUTAGES
 from avatar_api.inputs import Source, lay_down
 from avatar_api.jobs import (
     CANCELLED,
@@ -23,7 +24,6 @@ from avatar_api.jobs import (
     FAILED,
     FINISHED,
     IN_PROGRESS,
-    OUTAGES,
     QUEUED,
     IdempotencyError,
     Job,

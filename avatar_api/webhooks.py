@@ -10,19 +10,15 @@ meanwhile, any other claims it later. So a webhook arrives at least once, with t
 """
 
 import base64
-import contextlib
 import json
 import logging
-import os
 import random
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, cast
 
 from standardwebhooks import Webhook
@@ -30,6 +26,7 @@ from standardwebhooks import Webhook
 from avatar_api.jobs import Job, JobStore
 from avatar_api.logs import of_job
 from avatar_api.outgoing import AllowedHosts, post
+from avatar_api.secret_files import kept_secret
 from avatar_api.settings import ServiceSettings
 from infinitetalk.errors import InputError
 
@@ -160,7 +157,8 @@ def webhook_secret(settings: ServiceSettings) -> str:
     if settings.webhook_secret is not None:
         return _judged(settings.webhook_secret.get_secret_value(), "AVATAR_WEBHOOK_SECRET")
     file = settings.home / "webhook_secret"
-    return _judged(_made_once(file), str(file))
+    made = SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
+    return _judged(kept_secret(file, made), str(file))
 
 
 def _judged(secret: str, where: str) -> str:
@@ -172,19 +170,6 @@ def _judged(secret: str, where: str) -> str:
         sizes = f"{SECRET_BYTES[0]} to {SECRET_BYTES[-1]} bytes in base64"
         raise ValueError(f"{where} must be {SECRET_PREFIX} and {sizes}: echo {SECRET_PREFIX}$(openssl rand -base64 32)")
     return secret
-
-
-def _made_once(file: Path) -> str:
-    """The secret in a file that only its owner may read; of several processes that find none, one makes it."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600
-        with os.fdopen(descriptor, "w") as written:
-            written.write(SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode() + "\n")
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, file)
-        Path(draft).unlink()
-    return file.read_text().strip()
 
 
 def _iso(seconds: float) -> str:

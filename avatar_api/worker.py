@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from avatar_api import logs, metrics, tracing
+from avatar_api.database import OUTAGES
 from avatar_api.inputs import Inputs, pick_up
-from avatar_api.jobs import OUTAGES, Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
+from avatar_api.jobs import Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
 from avatar_api.media import VideoWriter
 from avatar_api.progress import ENCODING, GENERATING, PREPARING, UPLOADING, Progress
 from avatar_api.settings import ServiceSettings

@@ -24,9 +24,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 from sqlalchemy.exc import ArgumentError
 
+from avatar_api.database import OUTAGES
 from avatar_api.jobs import (
     FINISHED,
-    OUTAGES,
     STATES,
     Job,
     JobNotFailedError,
