@@ -12,8 +12,8 @@ from bentoml.images import Image
 
 from container.embedded import published_names
 
-BASE_IMAGE = "docker.io/library/python:3.11-slim-bookworm"
-"""Any image with Python 3.11 and apt will do: AVATAR_BASE_IMAGE names another one."""
+BASE_IMAGE = os.environ.get("AVATAR_BASE_IMAGE") or "docker.io/library/python:3.11-slim-bookworm"
+"""Any image with Python 3.11 and apt will do."""
 UV = "0.13.9"
 
 BENTO = "/home/bentoml/bento"
@@ -41,7 +41,7 @@ class AvatarImage(Image):
 
 def define() -> AvatarImage:
     # distro: BentoML shall install no packages of its own.
-    image = AvatarImage(base_image=os.environ.get("AVATAR_BASE_IMAGE", BASE_IMAGE), distro="custom")
+    image = AvatarImage(base_image=BASE_IMAGE, distro="custom")
     image.run(COMPILER)
     image.run(f"command -v uv > /dev/null || pip install --no-cache-dir uv=={UV}")
     return image
