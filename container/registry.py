@@ -263,8 +263,7 @@ class Registry:
             return "", 0
         if answer.status_code >= 300:
             return "", 0
-        position = received(answer, 0)
-        return (self._location(answer), position) if position else ("", 0)
+        return self._location(answer), received(answer, 0)
 
     def put_manifest(self, name: str, content: bytes, media_type: str) -> None:
         headers = {"Content-Type": media_type}
@@ -380,7 +379,7 @@ class Registry:
 
 
 def received(answer: httpx2.Response, otherwise: int) -> int:
-    """How many bytes of an upload the registry has, by its Range header."""
+    """How many bytes of an upload the registry has, by its Range header, in which none is 0-0."""
     match = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("Range", ""))
     return otherwise if match is None else int(match[1]) + 1 if int(match[1]) else 0
 
