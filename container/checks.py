@@ -15,11 +15,11 @@ from container.push import LIMITS
 from container.registry import HUB, Reference, Registry
 
 ENGINES = {"podman": "{{.Store.GraphRoot}}", "docker": "{{.DockerRootDir}}"}
-"""Each with where its `info` says that its images lie."""
+"""Each with what its `info` calls the folder of its images."""
 
 CODE_IMAGE_BYTES = 40e9
-"""What building takes on the engine's disk: the image of 10 GB with torch's CUDA, its layers again while they are
-committed, the packages as they come."""
+"""What building takes on the engine's disk, generously: about 9 GB with torch's CUDA libraries, the packages as they
+come, and each layer again while it is committed. An estimate."""
 
 
 def architecture(machine: str = platform.machine(), system: str = platform.system()) -> str:

@@ -18,6 +18,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder
 
@@ -26,41 +27,42 @@ from container.errors import ImageError
 from container.image import BASE_IMAGE
 from container.layers import StoredModel, read_store, store_home
 from container.registry import Reference
-from models.import_models import check_token
+from models.import_models import check_access, find_snapshots, read_snapshots, size_of
 from models.store import MODEL_YAML, ImportRefusedError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MODELS_BYTES = 254e9
-"""The published snapshots, before they are imported and their sizes known (docs/MODELS.md)."""
+
+Result = TypeVar("Result", str, list[str])
 
 
-def check(options: argparse.Namespace, engine: str) -> int:
+def check(options: argparse.Namespace) -> int:
     """Try everything that can be tried beforehand, and say all that is wrong. Returns the exit status."""
     failed = 0
 
-    def attempt(what: Callable[[], str | list[str]]) -> bool:
+    def attempt(what: Callable[[], Result]) -> Result | None:
         nonlocal failed
         try:
             found = what()
         except (ImageError, ImportRefusedError) as error:
             print(f"✗ {error}")
             failed += 1
-            return False
+            return None
         for line in [found] if isinstance(found, str) else found:
             print(f"✓ {line}")
-        return True
+        return found
 
     attempt(checks.architecture)
-    attempt(lambda: checks.engine_works(engine, BASE_IMAGE))
-    attempt(lambda: checks.space(checks.storage(engine), checks.CODE_IMAGE_BYTES, "the code image"))
+    engine = attempt(lambda: checks.choose_engine(options.engine))
+    if engine is not None:
+        attempt(lambda: checks.engine_works(engine, BASE_IMAGE))
+        attempt(lambda: checks.space(checks.storage(engine), checks.CODE_IMAGE_BYTES, "the code image"))
     models: list[StoredModel] = []
     try:
         models = read_store()
     except ImageError as error:
         print(f"✗ {error}")
         failed += 1
-        attempt(hub_token)
-        attempt(lambda: checks.space(existing(store_home()), MODELS_BYTES, "the models"))
+        attempt(lambda: models_on_hub(options.profile or "full"))
     else:
         attempt(lambda: checks.profile(models, options.profile))
     if options.target is not None:
@@ -70,17 +72,16 @@ def check(options: argparse.Namespace, engine: str) -> int:
     return 2 if failed else 0
 
 
-def hub_token() -> str:
-    """Of a token, whether the hub knows it. None is needed unless a repository is gated."""
-    check_token()
-    if os.environ.get("HF_TOKEN"):
-        return "the hub knows the token in HF_TOKEN"
-    return "no HF_TOKEN: public models come without one, at a lower rate; a gated one needs `export HF_TOKEN=…`"
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or what it will be made in."""
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
+def models_on_hub(profile: str) -> list[str]:
+    """Whether they can be imported: the token, each repository, the room for them."""
+    found = find_snapshots(read_snapshots([]), None, profile)
+    for model in found:
+        check_access(model, model.files[0])
+    size = sum(size_of(model.files) for model in found)
+    home = store_home()
+    folder = next(place for place in (home, *home.parents) if place.is_dir())
+    token = "with the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "without an HF_TOKEN, at a lower rate"
+    return [f"the hub hands out all models, {token}", checks.space(folder, size, "the models")]
 
 
 def build(tag: str, engine: str, models: list[StoredModel]) -> None:
@@ -146,10 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", metavar="IMAGE", help="with --check: where it will be pushed, tried as well")
     options = parser.parse_args(arguments)
     try:
-        engine = checks.choose_engine(options.engine)
         if options.check:
-            return check(options, engine)
+            return check(options)
         checks.architecture()
+        engine = checks.choose_engine(options.engine)
         models = read_store()
         print(checks.profile(models, options.profile))
         build(options.tag, engine, models)
