@@ -8,6 +8,7 @@ from pathlib import Path
 
 import bentoml
 import pytest
+from bentoml._internal.models import ModelStore
 
 from container import layers
 from container.content import Content
@@ -86,15 +87,9 @@ def test_bentoml_finds_the_models_of_unpacked_layers(
     for layer in plan(read_store()):
         with tarfile.open(fileobj=io.BytesIO(content_of(LayerContent(layer)))) as archive:
             archive.extractall(tmp_path / "image", filter="data")
-    found = bentoml.models.get(f"{FIRST}:latest", _model_store=bento_store(tmp_path / "image" / layers.STORE))
+    found = bentoml.models.get(f"{FIRST}:latest", _model_store=ModelStore(tmp_path / "image" / layers.STORE))
     assert found.info.metadata["repository"] == f"owner/{FIRST}"
     assert (Path(found.path) / "config.json").read_bytes() == small_models()[FIRST]["config.json"]
-
-
-def bento_store(folder: Path) -> object:
-    from bentoml._internal.models import ModelStore
-
-    return ModelStore(folder)
 
 
 def test_a_large_file_has_a_layer_of_its_own_and_small_ones_share_layers(

@@ -65,7 +65,7 @@ def wait_for(host: str, process: subprocess.Popen[bytes]) -> None:
 class Proxy:
     """Stands between a client and a registry. It counts what is sent, and may cut connections or stop them.
 
-    `cuts`: after so many more bytes from the client, the connection that carries them is cut.
+    `cuts`, `cuts_back`: after so many bytes from clients, or to them, the connection that carries them is cut.
     """
 
     def __init__(self, registry: str) -> None:
@@ -73,8 +73,9 @@ class Proxy:
         self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.host = f"127.0.0.1:{self._server.getsockname()[1]}"
         self.cuts: list[int] = []
+        self.cuts_back: list[int] = []
         self.cut = 0  # how many were
-        self.sent = 0  # bytes from clients
+        self.sent = self.sent_back = 0  # bytes
         self.hold_after: int | None = None  # bytes after which nothing passes any more
         self.holding, self.released = threading.Event(), threading.Event()
         self._lock = threading.Lock()
@@ -103,26 +104,29 @@ class Proxy:
                     block = ready.recv(65536)
                     if not block:
                         return
-                    if ready is server:
-                        client.sendall(block)
-                    elif not self._passes(block, server):
+                    passed = self._passed(len(block), ready is client)
+                    if self.holding.is_set():
+                        self.released.wait()
+                        return
+                    (server if ready is client else client).sendall(block[:passed])
+                    if passed < len(block):
                         return
 
-    def _passes(self, block: bytes, server: socket.socket) -> bool:
+    def _passed(self, count: int, from_client: bool) -> int:
+        """How many of so many bytes pass."""
         with self._lock:
-            before, self.sent = self.sent, self.sent + len(block)
+            before = self.sent if from_client else self.sent_back
+            cuts = self.cuts if from_client else self.cuts_back
+            if from_client:
+                self.sent += count
+            else:
+                self.sent_back += count
             if self.hold_after is not None and self.sent > self.hold_after:
                 self.holding.set()
-            if self.cuts and self.sent > self.cuts[0]:
-                block, cut = block[: max(0, self.cuts.pop(0) - before)], True
-                self.cut += 1
-            else:
-                cut = False
-        if self.holding.is_set():
-            self.released.wait()
-            return False
-        server.sendall(block)
-        return not cut
+            if not cuts or before + count <= cuts[0]:
+                return count
+            self.cut += 1
+            return max(0, cuts.pop(0) - before)
 
 
 def random_cuts(seed: int, count: int, size: int) -> list[int]:
@@ -146,7 +150,7 @@ def front(
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            own = judge(self.command, self.path, self.headers)
+            own = judge(self.command, self.path, dict(self.headers))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if own is None:
                 headers = {name: value for name, value in self.headers.items() if name != "Authorization"}

@@ -196,7 +196,7 @@ def test_a_registry_that_limits_requests_is_waited_for_as_long_as_it_says(
         refused.add(key)
         return 429, {"Retry-After": "17"}, b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow down"}]}'
 
-    monkeypatch.setattr(client.time, "sleep", waits.append)
+    monkeypatch.setattr("container.registry.time.sleep", waits.append)
     with front(plain, once_each) as host:
         send(host, "limited")
     assert set(waits) == {17}
@@ -205,7 +205,7 @@ def test_a_registry_that_limits_requests_is_waited_for_as_long_as_it_says(
 
 def test_a_registry_that_never_recovers_is_given_up(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = list[float]()
-    monkeypatch.setattr(client.time, "sleep", waits.append)
+    monkeypatch.setattr("container.registry.time.sleep", waits.append)
     with (
         front(plain, lambda *_: (503, {}, b"")) as host,
         pytest.raises(ImageError, match=r"answers 503, after 7 retries too\. The same command goes on from here"),
