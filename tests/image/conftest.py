@@ -40,6 +40,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name and (REPOSITORY / name).is_file() and not name.startswith("tests/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
+    identity = ("-c", "user.name=Test", "-c", "user.email=test@example.com")
+    for command in (("init", "--quiet"), ("add", "."), (*identity, "commit", "--quiet", "--message", "All")):
+        subprocess.run(["git", "-C", folder, *command], check=True)  # noqa: S607
     for name in (".env", "examples/.env", "models/token"):
         (folder / name).write_text(f"HF_TOKEN={TOKEN}\n")
     return folder
