@@ -1,4 +1,4 @@
-# One command each: demo (a video from nothing), serve, test, lint, bench, proof, protos, lock, clean.
+# One command each: demo (a video from nothing), serve, test, test-image, lint, bench, proof, protos, lock, clean.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,7 +18,7 @@ export BENTOML_DO_NOT_TRACK = 1
 # They listen on 127.0.0.1 only, so whoever is here may use them.
 export AVATAR_AUTH ?= off
 
-.PHONY: demo serve test lint format bench proof protos lock clean
+.PHONY: demo serve test test-image lint format bench proof protos lock clean
 
 demo: .venv/installed $(MODELS)
 	$(BIN)/python scripts/demo.py
@@ -33,6 +33,10 @@ serve: .venv/installed $(MODELS)
 # Two files of tests at a time: more would stand in each other's way.
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The image built, pushed, pulled and run. Needs root, and Debian's container tools (docs/BUILDING.md).
+test-image: .venv/installed
+	$(BIN)/python -m pytest tests/image
 
 lint: .venv/installed
 	$(BIN)/ruff check .

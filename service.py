@@ -37,6 +37,7 @@ from avatar_api.shutdown import Shutdown
 from avatar_api.storage import open_storage
 from avatar_api.videos import REFUSABLE, Videos, describe, failure
 from avatar_api.webhooks import Webhooks
+from container import image
 from infinitetalk.errors import CheckpointError, InputError, RankError
 
 logger = logging.getLogger("avatar_api")
@@ -135,7 +136,7 @@ async def _ready() -> bool:
 router = create_router(_api)
 
 
-@bentoml.service(name="avatar_api", traffic={"timeout": LONGEST_CALL})
+@bentoml.service(name="avatar_api", traffic={"timeout": LONGEST_CALL}, image=image.define())
 @bentoml.asgi_app(create_app(_ready, [router], REFUSABLE, refuse), path="/")
 class AvatarApi:
     """What callers talk to."""

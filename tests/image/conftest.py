@@ -1,0 +1,100 @@
+"""What the tests of the image share: each image is built once, from a checkout with secrets lying about in it."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.image.engine import Container, Engine, serving
+from tests.image.registries import registry
+
+TOKEN = "hf_" + "PlantedForTheTest" * 2  # looks like Hugging Face's: 34 characters
+CODE, PLAIN, RUNTIME = "localhost/avatar-test-code", "localhost/avatar-test-plain", "localhost/avatar-test-runtime"
+
+
+@dataclass(frozen=True)
+class Built:
+    """An image and all that was printed on the way."""
+
+    name: str
+    log: str
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    engine = Engine.set_up(tmp_path_factory.mktemp("engine"))
+    yield engine
+    engine.run("podman", "image", "prune", "--force")  # what the next build has no use for
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as it is here, and a token in three places where people leave one."""
+    folder = tmp_path_factory.mktemp("checkout")
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=REPOSITORY, capture_output=True, check=True).stdout.decode().split("\0"):
+        if name and (REPOSITORY / name).is_file() and not name.startswith("tests/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
+    for name in (".env", "examples/.env", "models/token"):
+        (folder / name).write_text(f"HF_TOKEN={TOKEN}\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(snapshots: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BENTOML_HOME with the three models."""
+    home = tmp_path_factory.mktemp("store")
+    engine.run("python", "models/import_models.py", "--source", snapshots, BENTOML_HOME=str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def plain(engine: Engine, checkout: Path, store: Path) -> Built:
+    """By `bentoml build && bentoml containerize`, models in."""
+    settings = {"BENTOML_HOME": str(store), "HF_TOKEN": TOKEN}
+    log = engine.run("bentoml", "build", cwd=checkout, **settings)
+    command = ("bentoml", "containerize", "avatar-api:latest", "--backend", "podman", "--image-tag", PLAIN)
+    return Built(PLAIN, log + engine.run(*command, building=True, cwd=checkout, **settings))
+
+
+@pytest.fixture(scope="session")
+def code(engine: Engine, checkout: Path, store: Path, plain: Built) -> Built:
+    """Without models, by scripts/build_image.py; after the plain one, whose layers it shares but for the last ones."""
+    settings = {"BENTOML_HOME": str(store), "HF_TOKEN": TOKEN}
+    command = ("python", "scripts/build_image.py", "--engine", "podman", "--profile", "full", "--tag", CODE)
+    return Built(CODE, engine.run(*command, building=True, cwd=checkout, **settings))
+
+
+@pytest.fixture(scope="session")
+def hub(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A registry, and its folder."""
+    folder = tmp_path_factory.mktemp("hub") / "registry"
+    with registry(folder) as host:
+        yield host, folder
+
+
+@pytest.fixture(scope="session")
+def pushed(engine: Engine, checkout: Path, store: Path, code: Built, hub: tuple[str, Path]) -> Built:
+    """The code image with the models below it, in the registry."""
+    target = f"{hub[0]}/me/avatar-api:v1"
+    settings = {"BENTOML_HOME": str(store), "HF_TOKEN": TOKEN}
+    return Built(target, engine.run("python", "scripts/push_image.py", CODE, target, cwd=checkout, **settings))
+
+
+@pytest.fixture(scope="session")
+def pulled(engine: Engine, pushed: Built) -> Iterator[str]:
+    """What another machine gets from the registry."""
+    engine.run("podman", "pull", "--quiet", "--tls-verify=false", pushed.name)
+    yield pushed.name
+    engine.run("podman", "image", "rm", "--force", pushed.name)
+
+
+@pytest.fixture(scope="session")
+def container(engine: Engine, pulled: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    with serving(engine, pulled, tmp_path_factory.mktemp("container")) as running:
+        yield running
