@@ -78,7 +78,7 @@ def examine(source: Source, protected: Mapping[str, bool], own: Mapping[str, byt
     found: dict[str, Blob] = {}
     for name, content in source.contents():
         scan, start = LayerScan(protected, own), b""
-        for block in content.blocks(0, content.size):
+        for block in content.all_blocks():
             start = start or bytes(block[:4])
             if not is_json(start):
                 scan.feed(block)

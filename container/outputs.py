@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ class Output(Protocol):
 
     def existing(self) -> Manifest | None:
         """The image that is there under this name."""
+
+    def room(self) -> int | None:
+        """Bytes of free disk; None where that is not known."""
 
     def finish(self, config: bytes, manifest: bytes) -> None:
         """Make the layers an image."""
@@ -49,6 +53,9 @@ class RegistryOutput:
         digest = self.registry.upload(content, report, self._digests.upload(name), remember)
         remember("")
         return digest
+
+    def room(self) -> int | None:
+        return None
 
     def finish(self, config: bytes, manifest: bytes) -> None:
         self.registry.upload(BytesContent(config, "the configuration"), lambda _: None)
@@ -78,7 +85,7 @@ class LayoutOutput:
         part = self._folder / "blobs" / f"{key.removeprefix('sha256:')}.part"
         position = 0
         with part.open("wb") as file:
-            for block in content.blocks(0, content.size):
+            for block in content.all_blocks():
                 file.write(block)
                 position += len(block)
                 report(position)
@@ -86,6 +93,9 @@ class LayoutOutput:
             os.fsync(file.fileno())
         part.replace(self._path(content.digest))
         return content.digest
+
+    def room(self) -> int | None:
+        return shutil.disk_usage(self._folder).free
 
     def finish(self, config: bytes, manifest: bytes) -> None:
         for content in (config, manifest):
@@ -113,6 +123,7 @@ class ArchiveOutput:
         self._part = path.with_name(path.name + ".part")
         self._names: dict[str, str] = {}
         self._archive: tarfile.TarFile | None = None
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def has(self, digest: str) -> bool:
         return digest in self._names
@@ -126,6 +137,9 @@ class ArchiveOutput:
         self._names[content.digest] = name
         return content.digest
 
+    def room(self) -> int | None:
+        return shutil.disk_usage(self._path.parent).free
+
     def finish(self, config: bytes, manifest: bytes) -> None:
         layers = [self._names[layer["digest"]] for layer in json.loads(manifest)["layers"]]
         name = f"{sha256_of(config).removeprefix('sha256:')}.json"
@@ -138,7 +152,6 @@ class ArchiveOutput:
 
     def _add(self, name: str, size: int, content: IO[bytes]) -> None:
         if self._archive is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._archive = tarfile.open(self._part, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - until finish
         info = tarfile.TarInfo(name)
         info.size = size

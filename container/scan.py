@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from container.credentials import stored_secrets
 from container.errors import ImageError
 
 WHITEOUT, OPAQUE, AUFS = ".wh.", ".wh..wh..opq", ".wh..wh."
@@ -45,11 +46,16 @@ SHORTEST = 12  # characters that a value of this machine's environment must have
 
 def secrets_here(environment: Mapping[str, str] = os.environ) -> dict[str, bytes]:
     """The secrets that this machine could have left in an image: the name of each, and its value."""
-    found = {name: value for name, value in environment.items() if SECRET_NAME.search(name)}
+    found = {
+        name: value
+        for name, value in environment.items()
+        if SECRET_NAME.search(name) and not name.endswith(("_FILE", "_PATH", "_DIR"))
+    }
     home = Path(environment.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     if (home / "token").is_file():
         found[str(home / "token")] = (home / "token").read_text().strip()
-    return {name: value.encode() for name, value in found.items() if len(value) >= SHORTEST and "/" not in value[:2]}
+    found |= stored_secrets()
+    return {name: value.encode() for name, value in found.items() if len(value) >= SHORTEST}
 
 
 def find_secrets(content: bytes, own: Mapping[str, bytes], published: bool = False) -> list[str]:

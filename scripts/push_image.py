@@ -42,6 +42,7 @@ from container.outputs import RegistryOutput, open_output
 from container.push import Row, Survey, check_limits, push, survey_image
 
 console = Console()
+LARGEST = 10 * 10**9
 OVERHEAD = 1.02  # of what goes over the wire: TLS, TCP and HTTP
 
 
@@ -58,6 +59,8 @@ def show(survey: Survey, bandwidth: float) -> None:
         f"{len(survey.rows)} layers, {decimal(size)}: {decimal(size - missing)} there already, {decimal(missing)} to "
         f"send, {duration(seconds(missing, bandwidth))} at {bandwidth:g} Mbit/s"
     )
+    if large := [row.name for row in survey.rows if row.size > LARGEST]:
+        say(f"Above 10 GB, which ghcr.io refuses and Docker Hub takes: {', '.join(large)}")
 
 
 def seconds(size: int, bandwidth: float) -> float:
@@ -116,6 +119,9 @@ def push_image(options: argparse.Namespace) -> None:
         check_limits(output.registry.reference, survey.rows)
     if options.dry_run:
         show(survey, options.bandwidth)
+        if isinstance(output, RegistryOutput):
+            output.registry.check_push()
+            say(f"You may push to {output.registry.reference}.")
         return
     bars = Bars(survey)
     with bars.progress:

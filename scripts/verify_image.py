@@ -38,7 +38,7 @@ def stored_models() -> list[StoredModel] | None:
 
 
 def verify_image(options: argparse.Namespace) -> list[str]:
-    registry = Registry(Reference.parse(options.image))
+    registry = Registry(Reference.parse(options.image), "pull")
     models = None if options.read else stored_models()
     manifest = find_manifest(registry)
     size = sum(layer["size"] for layer in manifest["layers"])

@@ -202,6 +202,7 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(
     assert "6 layers" in said
     assert "0 bytes there already" in said
     assert "0:00:5" in said  # 0.7 MB at 0.1 Mbit/s
+    assert "You may push to" in said
     assert main([code, f"{host}/me/avatar:v1"]) == 0
     capsys.readouterr()
     assert main([code, f"{host}/me/avatar:v1", "--dry-run"]) == 0
