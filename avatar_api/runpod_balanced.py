@@ -1,8 +1,8 @@
 """What RunPod's load balancing endpoints want of HTTP: health on a port of its own, answers within minutes, a way back.
 
-RunPod ends a request after five and a half minutes. One that waits for its video is answered before that, with the video
-in the making, to be asked for under `/v1/videos`. Only the worker that has it knows it, unless workers share a database:
-its name is in every answer, and RunPod sends a request that carries it there.
+RunPod ends a request after five and a half minutes. One that waits for its video is answered before that, with the
+video in the making, to be asked for under `/v1/videos`. Only the worker that has it knows it, unless workers share a
+database: its name is in every answer, and RunPod sends a request that carries it there.
 """
 
 import math

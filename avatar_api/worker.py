@@ -73,10 +73,10 @@ def load(
     """
     snapshots = partial(InfiniteTalkPipeline.from_snapshots, wan, infinitetalk, wav2vec2, memory=memory)
     if settings.gpus == 1:
-        return snapshots(settings.device)
+        return snapshots(settings.device, on_loaded=metrics.start_took)
     followers = Followers(snapshots, settings.gpus, settings.device)
     try:
-        pipeline = snapshots(device_of(0, settings.device))
+        pipeline = snapshots(device_of(0, settings.device), on_loaded=metrics.start_took)
         followers.wait()
     except BaseException:
         followers.close()
@@ -138,7 +138,7 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
 
     Raises LeaseLost if the job is another runner's by now.
     """
-    job = claim.job.id
+    job, begun = claim.job.id, time.monotonic()
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
     try:
         result = _generate(_Run(claim, storage, shutdown), pipeline)
@@ -174,6 +174,7 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
         logger.info("job %s: is now %s", job, state)
     else:
         logger.info("job %s: completed", job)
+        metrics.start_took("first_video", time.monotonic() - begun)
         _tidy(job, storage, *PIECES)
     return True
 
@@ -264,10 +265,11 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
     state = _last_state(claim.clips, folder)
 
     if not claim.clips or state is not None:  # else the runner before us finished the last clip, and no more
-        progress = Progress()
+        progress, making = Progress(), time.monotonic()
 
         def on_step(step: Step) -> None:
             run.check()
+            metrics.start_took("first_step", time.monotonic() - making)  # encoders, and kernels that are loaded by then
             claim.report(progress.step(step.clip, step.clips, step.step, step.steps))
             _report_memory(pipeline.device)
 

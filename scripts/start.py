@@ -1,6 +1,6 @@
 """Start the service in the way that its surroundings ask for: the one command of the image.
 
-    python scripts/start.py [ARGUMENT…]     arguments of `bentoml serve`
+    python -m scripts.start [ARGUMENT…]     arguments of `bentoml serve`
 
 | RunPod sets | what starts |
 |---|---|
@@ -61,7 +61,9 @@ def work_for_the_queue(arguments: Sequence[str], port: int) -> None:
     from avatar_api.runpod_worker import serve  # reads the environment when it is imported
 
     settings = ServiceSettings()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(levelname)s] [queue] %(message)s")
+    line = "%(asctime)s [%(levelname)s] [queue] %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, force=True)  # in place of the libraries' own
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     if settings.log_format == "json":
         logging.getLogger().handlers[0].setFormatter(JsonLines())
     server = Sidecar(arguments, port, settings.home)

@@ -23,7 +23,7 @@ from scripts.start import settings_for
 
 REPOSITORY = Path(__file__).parent.parent
 POLL_SECONDS = 0.5  # how long a question for a job is left waiting
-PATIENCE = 60  # seconds for anything to come about
+PATIENCE = 300  # seconds for anything to come about
 KEY = "rpa_test"
 
 
