@@ -24,7 +24,7 @@ from bentoml.validators import ContentType, FileSchema
 from fastapi.responses import Response
 from pydantic import BeforeValidator
 
-from avatar_api import grpc_server, logs, metrics
+from avatar_api import grpc_server, logs, metrics, runpod_balanced
 from avatar_api.auth import Authenticated, Keys, client_of
 from avatar_api.database import OUTAGES
 from avatar_api.grpc_server import GrpcServer
@@ -182,6 +182,10 @@ class AvatarApi:
             raise BentoMLException(str(error)) from error
 
     @bentoml.on_startup
+    async def serve_health(self) -> None:
+        self._health = asyncio.create_task(runpod_balanced.serve_health(self.loaded))
+
+    @bentoml.on_startup
     async def serve_grpc(self) -> None:
         self._grpc: GrpcServer | None = None
         if self.settings.grpc_port:
@@ -202,6 +206,7 @@ class AvatarApi:
     async def stop(self) -> None:
         if self._grpc is not None:
             await self._grpc.stop(GRACE_SECONDS)
+        self._health.cancel()
         self._housekeeper.stop()
         self._webhooks.stop()
 
@@ -248,7 +253,10 @@ class AvatarApi:
             job = await asyncio.to_thread(videos.create, values, files, None, "image")
         except REFUSABLE as error:
             return _refused(ctx, refuse(error))
+        answer_by = time.monotonic() + runpod_balanced.LONGEST_ANSWER
         while job.state not in FINISHED:
+            if time.monotonic() > answer_by:
+                return _refused(ctx, runpod_balanced.in_the_making(await asyncio.to_thread(videos.describe, job)))
             if await ctx.request.is_disconnected():
                 with logs.of_job(job.id):
                     logger.info("job %s: the caller went away", job.id)
@@ -265,6 +273,7 @@ adapt_forms(ServiceSettings().max_upload_bytes)
 count_by_route(["/ping", "/livez", "/readyz", *(str(getattr(route, "path", "")) for route in router.routes)])
 AvatarApi.add_asgi_middleware(SecurityHeaders)  # type: ignore[attr-defined]
 AvatarApi.add_asgi_middleware(Authenticated)  # type: ignore[attr-defined]
+AvatarApi.add_asgi_middleware(runpod_balanced.NamesWorker)  # type: ignore[attr-defined]
 AvatarApi.add_asgi_middleware(OneErrorShape, max_upload_bytes=ServiceSettings().max_upload_bytes)  # type: ignore[attr-defined]
 
 

@@ -53,15 +53,7 @@ def create_app(
     for router in routers:
         app.include_router(router)
 
-    states: dict[int | str, dict[str, Any]] = {
-        200: {"description": "The models are loaded."},
-        204: {"description": "They are loading."},
-    }
-
-    @app.get("/ping", tags=["health"], summary="Is it ready?", response_class=Response, responses=states)
-    async def ping() -> Response:
-        """204 while the models are loading, 200 when they are ready: what load balancers on RunPod expect."""
-        return Response(status_code=HTTPStatus.OK if await ready() else HTTPStatus.NO_CONTENT)
+    add_health(app, ready)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -91,6 +83,18 @@ def create_app(
         return answer
 
     return app
+
+
+def add_health(app: FastAPI, ready: Callable[[], Any]) -> None:
+    states: dict[int | str, dict[str, Any]] = {
+        200: {"description": "The models are loaded."},
+        204: {"description": "They are loading."},
+    }
+
+    @app.get("/ping", tags=["health"], summary="Is it ready?", response_class=Response, responses=states)
+    async def ping() -> Response:
+        """204 while the models are loading, 200 when they are ready: what load balancers on RunPod expect."""
+        return Response(status_code=HTTPStatus.OK if await ready() else HTTPStatus.NO_CONTENT)
 
 
 def adapt_forms(max_part_bytes: int) -> None:

@@ -69,14 +69,28 @@ class Inputs:
         self.decoder.close()
 
 
+@dataclass(frozen=True)
+class Planned:
+    """The video that a request and its files will come to."""
+
+    seconds: float
+    height: int
+    width: int
+
+
 def lay_down(
-    request: VideoRequest, files: Mapping[str, Source], folder: Path, max_seconds: float, reference: str
+    request: VideoRequest,
+    files: Mapping[str, Source],
+    folder: Path,
+    max_seconds: float,
+    reference: str,
+    judge: Callable[[Planned], object] = lambda planned: None,
 ) -> dict[str, Any]:
     """Put a caller's files into a job's folder, judge them with the request, and return the job's specification.
 
     files: by the caller's names for them, `reference` (a picture or a video), "audio" and "audio_2". Without a voice, a
     video speaks with its own. max_seconds: the longest voice that is taken, unless the request ends the video earlier.
-    Raises InputError, and then leaves nothing behind.
+    judge: has the last word, and raises InputError. Raises InputError, and then leaves nothing behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -96,15 +110,17 @@ def lay_down(
             seconds = 0.0
             for voice, param in zip(voices, VOICES, strict=False):
                 if voice is not None:
-                    longest = 1 if request.max_seconds is not None else max_seconds + 1
+                    longest = (max_seconds if request.max_seconds is None else request.max_seconds) + 1
                     lasts = decoder.voice_seconds(folder / voice, param, longest)
                     seconds = seconds + lasts if request.speakers.order == "in_turn" else max(seconds, lasts)
         if request.max_seconds is None and seconds > max_seconds:
             remedy = "send a shorter one, or end the video earlier with max_seconds"
             raise InputError("audio", f"audio lasts more than {max_seconds:g} s, the limit here; {remedy}.", "too_long")
+        source = picture.height, picture.width
+        height, width = output_size(request.size, *source)
         if two:
-            source = picture.height, picture.width
-            speaker_regions(request.speakers.boxes or [None, None], source, output_size(request.size, *source))
+            speaker_regions(request.speakers.boxes or [None, None], source, (height, width))
+        judge(Planned(min(seconds, request.max_seconds or seconds), height, width))
     except BaseException:
         shutil.rmtree(folder)
         raise

@@ -21,6 +21,7 @@ import soundfile
 import soxr
 from av import AudioFrame, AudioStream, Packet, VideoFrame, VideoStream
 from av.container import InputContainer
+from av.video.frame import PictureType
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
@@ -56,6 +57,9 @@ LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # by channels; other num
 # fast here.
 ENCODER_THREADS = 4
 ENCODER_OPTIONS = {"preset": "medium", "crf": "18", "profile": "high", "x264-params": "asm=SSE4.2"}
+
+SHRINKING_TRIES = 5
+CONTAINER_BITS = 6_000  # per second, of an MP4's index, about
 
 REORDERED_FRAMES = 2  # at most so many frames does the preset's encoder decode before it shows the first
 
@@ -455,6 +459,62 @@ class VideoWriter:
             self._container.mux(self._audio.encode(None))
         self._container.close()
         self._part.replace(self._path)
+
+
+def shrink(video: Path, smaller: Path, max_bytes: int) -> None:
+    """Encode a video that VideoWriter wrote again, with as many bits as `max_bytes` has; the sound stays as it is.
+
+    Raises ValueError if it cannot be made that small.
+    """
+    draft = smaller.with_name(f"{smaller.name}.part")
+    share = 1.0
+    try:
+        for _ in range(SHRINKING_TRIES):
+            _encode_again(video, draft, share * max_bytes)
+            size = draft.stat().st_size
+            if size <= max_bytes:
+                draft.replace(smaller)
+                return
+            share *= 0.97 * max_bytes / size  # the encoder only comes close to what it is asked for
+    finally:
+        draft.unlink(missing_ok=True)
+    raise ValueError(f"{video.name} does not become smaller than {size} bytes; {max_bytes} were asked for.")
+
+
+def _encode_again(video: Path, target: Path, size: float) -> None:
+    """size: bytes that the file is to have, about."""
+    with (
+        av.open(str(video.absolute()), options={"protocol_whitelist": "file", "format_whitelist": "mov"}) as source,
+        av.open(str(target.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as made,
+    ):
+        pictures = source.streams.video[0]
+        sounds = source.streams.audio[:1]
+        seconds = pictures.frames / FRAMES_PER_SECOND
+        sound_bits = sum(sound.bit_rate or 0 for sound in sounds)
+        rate = max(1000, round(size * 8 / seconds - sound_bits - CONTAINER_BITS))
+        options = ENCODER_OPTIONS | {"maxrate": str(round(1.5 * rate)), "bufsize": str(2 * rate)}
+        del options["crf"]
+        encoder = made.add_stream(
+            "libx264",
+            rate=FRAMES_PER_SECOND,
+            width=pictures.width,
+            height=pictures.height,
+            bit_rate=rate,
+            options=options,
+        )
+        encoder.codec_context.thread_count = ENCODER_THREADS
+        for name in ("color_primaries", "color_trc", "colorspace", "color_range"):
+            setattr(encoder.codec_context, name, getattr(pictures.codec_context, name))
+        copied = [made.add_stream_from_template(sound) for sound in sounds]
+        for packet in source.demux(pictures, *sounds):
+            if packet.stream is pictures:
+                for picture in cast(list[VideoFrame], packet.decode()):
+                    picture.pict_type = PictureType.NONE  # the encoder places its own key pictures
+                    made.mux(encoder.encode(picture))
+            elif packet.pts is not None:
+                (packet.stream,) = copied
+                made.mux(packet)
+        made.mux(encoder.encode(None))
 
 
 def _open_sounds(files: Sequence[Path | None]) -> list[_Sound]:

@@ -5,11 +5,14 @@ runner's figures come with those of the API process that answers. How many jobs 
 figure: the database is asked when Prometheus asks (`queue`), and every API process says the same.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+logger = logging.getLogger(__name__)
 
 # From the tests' models on a CPU to the published ones on one GPU, in seconds.
 _STEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
@@ -32,6 +35,14 @@ ENDED = Counter("avatar_videos", "Videos that have ended: completed, failed or c
 FAILURES = Counter("avatar_failures", "Attempts at a video that failed, the last one or not, by error code.", ["code"])
 ERRORS = Counter("avatar_request_errors", "Requests that were answered with an error, by error code.", ["code"])
 
+START_SECONDS = Gauge(
+    "avatar_start_seconds",
+    "What the runner's start took: each part of the models, then the first video's first step, and the first video.",
+    ["part"],
+    multiprocess_mode="mostrecent",
+)
+_started = set[str]()
+
 _GPU = {
     name: Gauge(f"avatar_gpu_memory_{name}_bytes", documentation, ["gpu"], multiprocess_mode="mostrecent")
     for name, documentation in (
@@ -40,6 +51,14 @@ _GPU = {
         ("total", "The GPU's memory."),
     )
 }  # the last word of a runner that is gone stands until another one speaks for that GPU
+
+
+def start_took(part: str, seconds: float) -> None:
+    """A part of this process's start; the first word counts."""
+    if part not in _started:
+        _started.add(part)
+        START_SECONDS.labels(part).set(seconds)
+        logger.info("start: %s took %.2f s", part, seconds)
 
 
 def gpu_memory(gpu: str, **sizes: int) -> None:

@@ -33,6 +33,7 @@ from avatar_api.videos import (
     Video,
     VideoPage,
     Videos,
+    read_fields,
     refusal,
     save_upload,
 )
@@ -215,23 +216,13 @@ async def _read(
         if not isinstance(fields, dict):
             raise InputError("body", 'The body is JSON, but not an object; send {"prompt": …, …}.')
     files: dict[str, Source] = {}
-    for name in FILES:
-        given = fields.pop(name, None)
-        if isinstance(given, dict):  # OpenAI's JSON form
-            given = given.get("image_url")
-        if isinstance(given, UploadFile):
-            files[name] = partial(save_upload, given.file)
-        elif isinstance(given, str) and given:
-            files[name] = partial(outgoing.save, given, param=name, settings=settings)
-        elif given not in (None, ""):
-            raise InputError(name, f"{name} is {type(given).__name__}; send a file, a URL or a data URI.")
-    for name, value in fields.items():
+    for name, value in list(fields.items()):
         if isinstance(value, UploadFile):
-            raise InputError(name, f"{name} is a file; files are taken as {', '.join(FILES)}.", "unknown_parameter")
-    fields.pop("model", None)
-    if "seconds" in fields:  # OpenAI's name
-        fields.setdefault("max_seconds", fields.pop("seconds"))
-    return fields, files, form
+            if name not in FILES:
+                raise InputError(name, f"{name} is a file; files are taken as {', '.join(FILES)}.", "unknown_parameter")
+            files[name] = partial(save_upload, fields.pop(name).file)
+    values, named = read_fields(fields, partial(outgoing.save, settings=settings))
+    return values, named | files, form
 
 
 def _content(api: Videos, job: Job, variant: Literal["video", "thumbnail"], partly: bool) -> Response:

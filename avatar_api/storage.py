@@ -157,6 +157,10 @@ class Storage:
         folders = self._settings.job_folder("_").parent.glob("*/")
         return sorted(folder.name for folder in folders if all(file.st_mtime <= before for file in _stats(folder)))
 
+    def names(self, job_id: str) -> list[str]:
+        """A job's files, whichever machine published them. Raises StorageError."""
+        return sorted(file.name for file in self._folder(job_id).glob("*"))
+
     def size(self, job_id: str) -> int:
         """Bytes of a job's files on this machine."""
         return sum(file.st_size for file in _stats(self._folder(job_id)) if stat.S_ISREG(file.st_mode))
@@ -227,6 +231,11 @@ class S3Storage(Storage):
     def forget(self, job_id: str) -> bool:
         self._remove_folder(job_id)
         return True
+
+    def names(self, job_id: str) -> list[str]:
+        beginning = self._key(job_id)
+        with self._explained(beginning):
+            return sorted(key.removeprefix(beginning) for key in self._keys(beginning))
 
     def _open(self, region: str | None) -> None:
         endpoint = self._settings.s3_endpoint_url
@@ -336,10 +345,12 @@ class S3Storage(Storage):
                 for upload in page.get("Uploads", ()):  # of runners that were killed
                     with suppress(client.exceptions.NoSuchUpload):
                         client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=beginning)
-            keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
             with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-                list(pool.map(lambda key: client.delete_object(Bucket=bucket, Key=key), keys))
+                list(pool.map(lambda key: client.delete_object(Bucket=bucket, Key=key), self._keys(beginning)))
+
+    def _keys(self, beginning: str) -> list[str]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=beginning)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
 
     def _place(self, key: str) -> str:
         endpoint = urlsplit(self._settings.s3_endpoint_url or "https://amazonaws.com")

@@ -8,8 +8,9 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Protocol
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from avatar_api import outgoing, previews, tracing
 from avatar_api.database import OUTAGES
-from avatar_api.inputs import Source, lay_down
+from avatar_api.inputs import Planned, Source, lay_down
 from avatar_api.jobs import (
     CANCELLED,
     COMPLETED,
@@ -164,9 +165,18 @@ class Videos:
     client: str
 
     def create(
-        self, values: dict[str, Any], files: Mapping[str, Source], key: str | None, reference: str = FILES[0]
+        self,
+        values: dict[str, Any],
+        files: Mapping[str, Source],
+        key: str | None,
+        reference: str = FILES[0],
+        job_id: str | None = None,
+        made_elsewhere: Sequence[dict[str, Any]] = (),
+        judge: Callable[[Planned], object] = lambda planned: None,
     ) -> Job:
-        """reference: what the caller calls the picture. Raises InputError, IdempotencyError, QueueFullError."""
+        """reference: what the caller calls the picture; job_id: a new one if not given; made_elsewhere: as for
+        `JobStore.submit`; judge: as for `lay_down`. Raises InputError, IdempotencyError, QueueFullError.
+        """
         settings, store = self.backend.settings, self.backend.store
         request = VideoRequest.judge(values)
         if request.webhook_url is not None:
@@ -175,9 +185,9 @@ class Videos:
             raise InputError(
                 "max_seconds", f"max_seconds is {request.max_seconds}; the limit here is {settings.max_seconds}."
             )
-        job_id = f"video_{secrets.token_hex(12)}"
+        job_id = job_id or f"video_{secrets.token_hex(12)}"
         folder = self.backend.storage.folder(job_id)
-        spec = lay_down(request, files, folder, settings.max_seconds, reference)
+        spec = lay_down(request, files, folder, settings.max_seconds, reference, judge)
         try:
             self.backend.storage.publish(job_id, *spec["files"])
             job = store.submit(
@@ -188,9 +198,11 @@ class Videos:
                 webhook_url=request.webhook_url,
                 limits=QueueLimits(settings.max_queued, settings.max_queued_per_key),
                 traceparent=tracing.traceparent(),
+                made_elsewhere=made_elsewhere,
             )
         except BaseException:
-            self.backend.storage.delete(job_id)
+            if not made_elsewhere:
+                self.backend.storage.delete(job_id)
             raise
         if job.id != job_id:  # the same request was here before
             self.backend.storage.delete(job_id)
@@ -351,6 +363,24 @@ def failure(job: Job) -> Refusal:
     error = job.error or {"message": "The job was cancelled.", "code": "cancelled", "param": None}
     status = 400 if error.get("type") == "invalid_request_error" else 500
     return Refusal(409 if job.state == CANCELLED else status, error["message"], error["code"], error["param"])
+
+
+def read_fields(fields: Mapping[str, Any], save: Callable[..., object]) -> tuple[dict[str, Any], dict[str, Source]]:
+    """A JSON request's values, and where its files come from. save(text, target, param): writes what a text stands
+    for. Raises InputError."""
+    values, files = dict(fields), dict[str, Source]()
+    for name in FILES:
+        given = values.pop(name, None)
+        if isinstance(given, dict):  # OpenAI's JSON form
+            given = given.get("image_url")
+        if isinstance(given, str) and given:
+            files[name] = partial(save, given, param=name)
+        elif given not in (None, ""):
+            raise InputError(name, f"{name} is {type(given).__name__}; send a file, a URL or a data URI.")
+    values.pop("model", None)
+    if "seconds" in values:  # OpenAI's name
+        values.setdefault("max_seconds", values.pop("seconds"))
+    return values, files
 
 
 def save_upload(upload: BinaryIO, target: Path) -> None:

@@ -7,10 +7,11 @@ smaller memory preset.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ TOO_LARGE = {
     "param": "size",
 }
 
+GPU_FAILED = {
+    "type": "server_error",
+    "code": "gpu_failed",
+    "message": "The GPU failed while the video was made; the server's log has the details. Try again.",
+    "param": None,
+}
+GPU_FAILED_EXIT = 71  # exit status, EX_OSERR
+
 for _name in (PREPARING, GENERATING, ENCODING, UPLOADING):
     metrics.STAGE_SECONDS.labels(_name)  # is 0 until the first
 metrics.FAILURES.labels("generation_failed")
@@ -64,10 +73,10 @@ def load(
     """
     snapshots = partial(InfiniteTalkPipeline.from_snapshots, wan, infinitetalk, wav2vec2, memory=memory)
     if settings.gpus == 1:
-        return snapshots(settings.device)
+        return snapshots(settings.device, on_loaded=metrics.start_took)
     followers = Followers(snapshots, settings.gpus, settings.device)
     try:
-        pipeline = snapshots(device_of(0, settings.device))
+        pipeline = snapshots(device_of(0, settings.device), on_loaded=metrics.start_took)
         followers.wait()
     except BaseException:
         followers.close()
@@ -129,7 +138,7 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
 
     Raises LeaseLost if the job is another runner's by now.
     """
-    job = claim.job.id
+    job, begun = claim.job.id, time.monotonic()
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
     try:
         result = _generate(_Run(claim, storage, shutdown), pipeline)
@@ -153,6 +162,11 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
     except torch.OutOfMemoryError as error:
         logger.warning("job %s: %s", job, str(error))  # the error itself, if it is kept, keeps tensors on the GPU
         return False
+    except torch.AcceleratorError as error:  # whatever this process asks of the GPU from now on fails too
+        tracing.failed(error)
+        claim.fail(GPU_FAILED, retry=True)
+        logger.critical("job %s: the GPU failed; this process exits: %s", job, error)
+        os._exit(GPU_FAILED_EXIT)
     except Exception as error:
         logger.exception("job %s: failed", job)
         tracing.failed(error)
@@ -160,6 +174,7 @@ def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown
         logger.info("job %s: is now %s", job, state)
     else:
         logger.info("job %s: completed", job)
+        metrics.start_took("first_video", time.monotonic() - begun)
         _tidy(job, storage, *PIECES)
     return True
 
@@ -191,6 +206,8 @@ class _Run:
     claim: Claim
     storage: Storage
     shutdown: Shutdown
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds that each stage took."""
 
     @property
     def folder(self) -> Path:
@@ -236,7 +253,7 @@ class _Run:
 def _generate(run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str, Any]:
     claim = run.claim
     claim.report({"stage": PREPARING})
-    with _stage(PREPARING):
+    with _stage(PREPARING, run):
         run.obtain(*claim.job.spec["files"], *_needed(claim.clips))
         picked_up = pick_up(claim.job.spec, run.folder, run.check)
     with picked_up as inputs:
@@ -248,10 +265,11 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
     state = _last_state(claim.clips, folder)
 
     if not claim.clips or state is not None:  # else the runner before us finished the last clip, and no more
-        progress = Progress()
+        progress, making = Progress(), time.monotonic()
 
         def on_step(step: Step) -> None:
             run.check()
+            metrics.start_took("first_step", time.monotonic() - making)  # encoders, and kernels that are loaded by then
             claim.report(progress.step(step.clip, step.clips, step.step, step.steps))
             _report_memory(pipeline.device)
 
@@ -266,7 +284,7 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
             on_step=on_step,
             resume_from=state,
         )
-        with _stage(GENERATING):
+        with _stage(GENERATING, run):
             begun = time.monotonic()
             for clip in clips:
                 _keep(clip, run)
@@ -282,22 +300,24 @@ def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str
     video = folder / f"video.{claim.epoch}.mp4"
     segments = [str(finished.result["segment"]) for finished in claim.clips]
     frames = sum(finished.result["frames"] for finished in claim.clips)
-    with _stage(ENCODING):
+    with _stage(ENCODING, run):
         run.obtain(*claim.job.spec["files"], *segments)
         run.write(lambda: inputs.join(video, [folder / segment for segment in segments]))
     claim.report({"stage": UPLOADING, "percent": 100.0})
-    with _stage(UPLOADING):
+    with _stage(UPLOADING, run):
         run.publish(video.name)
-    return {"video": video.name, "frames": frames, "seconds": frames / FRAMES_PER_SECOND}
+    timings = {name: round(seconds, 3) for name, seconds in run.timings.items()}
+    return {"video": video.name, "frames": frames, "seconds": frames / FRAMES_PER_SECOND, "timings": timings}
 
 
 @contextmanager
-def _stage(name: str) -> Iterator[None]:
-    """A part of the job, in its trace, and in Prometheus if it comes to its end."""
+def _stage(name: str, run: _Run) -> Iterator[None]:
+    """A part of the job, in its trace, and in Prometheus and the result if it comes to its end."""
     begun = time.monotonic()
     with tracing.span(name):
         yield
-    metrics.STAGE_SECONDS.labels(name).observe(time.monotonic() - begun)
+    run.timings[name] = time.monotonic() - begun
+    metrics.STAGE_SECONDS.labels(name).observe(run.timings[name])
 
 
 def _report_memory(device: torch.device) -> None:
@@ -330,7 +350,9 @@ def _keep(clip: Clip, run: _Run) -> None:
         with VideoWriter(run.folder / segment, frames.shape[2], frames.shape[1], sound=None) as writer:
             writer.write(frames)
         if clip.state is not None:
-            clip.state.save(run.folder / state)
+            draft = run.folder / f"{state}.part"  # on a volume others see the folder, too
+            clip.state.save(draft)
+            draft.replace(run.folder / state)
 
     run.write(write)
     with tracing.span("publish"):

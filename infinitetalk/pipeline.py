@@ -5,10 +5,12 @@ the same seed gives the same noise, and in float32 the same pixels.
 """
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,14 +199,15 @@ class InfiniteTalkPipeline:
         memory: str | None = None,
         quantization: Quantization | None = None,
         loras: Sequence[tuple[Lora, float]] = (),
+        on_loaded: Callable[[str, float], object] = lambda part, seconds: None,
     ) -> "InfiniteTalkPipeline":
         """Load the published snapshots (`infinitetalk`: its folder, or one file of audio weights).
 
         On a GPU, the default where there is one, in the published precisions: transformer and T5 bfloat16, CLIP
         float16, VAE and speech encoder float32. On a CPU everything is float32. `memory` names one of `memory.PRESETS`
         in place of that for the GPU; `quantization` makes the transformer's weights of one byte; `loras` are
-        merged into it, each at its scale. Raises CheckpointError, and InputError for a device or a preset that is not
-        there.
+        merged into it, each at its scale; `on_loaded` is told of each part, and the seconds that it took. Raises
+        CheckpointError, and InputError for a device or a preset that is not there.
         """
         try:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -216,16 +219,25 @@ class InfiniteTalkPipeline:
         waiting = CPU if preset.offload_encoders else device
         half, clip_half = (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
         placed = CPU if preset.offload_blocks else device
-        transformer = checkpoints.load_transformer(wan, infinitetalk, placed, half, quantization, loras)
+
+        def timed(part: str, load: Callable[..., Any], *arguments: Any) -> Any:
+            begun = time.monotonic()
+            loaded = load(*arguments)
+            on_loaded(part, time.monotonic() - begun)
+            return loaded
+
+        transformer = timed(
+            "transformer", checkpoints.load_transformer, wan, infinitetalk, placed, half, quantization, loras
+        )
         if preset.offload_blocks:
             offload_blocks(transformer, device)
         return cls(
             transformer,
-            checkpoints.load_vae(wan, device),
-            checkpoints.load_text_encoder(wan, waiting, half),
+            timed("vae", checkpoints.load_vae, wan, device),
+            timed("text_encoder", checkpoints.load_text_encoder, wan, waiting, half),
             checkpoints.load_tokenizer(wan),
-            checkpoints.load_image_encoder(wan, waiting, clip_half),
-            checkpoints.load_speech_encoder(wav2vec2, device),
+            timed("image_encoder", checkpoints.load_image_encoder, wan, waiting, clip_half),
+            timed("speech_encoder", checkpoints.load_speech_encoder, wav2vec2, device),
             preset,
         )
 

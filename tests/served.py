@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -40,8 +41,9 @@ class Footprint:
 class Served:
     """A context manager: within it the service runs at `url`."""
 
-    def __init__(self, home: Path, **settings: object) -> None:
-        """settings: of the service, by their names."""
+    def __init__(self, home: Path, runpod: Mapping[str, str] | None = None, **settings: object) -> None:
+        """runpod: what RunPod sets in the environment, for `scripts/start.py` to start it there; settings: of the
+        service, by their names."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
@@ -50,8 +52,14 @@ class Served:
             Path(tempfile.mkdtemp(prefix="served-")),
         )  # short: names of sockets are limited
         self.url = f"http://127.0.0.1:{self._port}"
+        self._command = [sys.executable, "-m", "bentoml", "serve", "tests.stand_in_service:AvatarApi"]
+        self._command += ["--host", "127.0.0.1", "--port", str(self._port)]
+        if runpod is not None:
+            self._command = [sys.executable, "-m", "scripts.start", "tests.stand_in_service:AvatarApi"]
         self._environment = {
             **os.environ,
+            "PORT": str(self._port),
+            **(runpod or {}),
             "BENTOML_HOME": str(home / "bentoml"),
             "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
             "BENTOML_DO_NOT_TRACK": "1",
@@ -66,11 +74,9 @@ class Served:
             folder.mkdir(parents=True)
             write_model_yaml(folder, Model(name, "1", name, None, None, "runtime", ()))
             (folder.parent / "latest").write_text("1")
-        command = [sys.executable, "-m", "bentoml", "serve", "tests.stand_in_service:AvatarApi"]
-        command += ["--host", "127.0.0.1", "--port", str(self._port)]
         with (self.home / "log").open("wb") as output:
             self._process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=self._environment, stdout=output, stderr=output
+                self._command, cwd=REPOSITORY, env=self._environment, stdout=output, stderr=output
             )
         deadline = time.monotonic() + START_SECONDS
         try:

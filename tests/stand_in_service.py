@@ -2,6 +2,7 @@
 
 import sys
 
+from avatar_api import runpod_balanced
 from service import AvatarApi
 
 __all__ = ["AvatarApi"]
@@ -11,3 +12,6 @@ if "avatar_runner" in sys.argv:  # the API process shall be no larger than it is
     from tests.stand_in import StandIn
 
     avatar_api.worker.load = lambda *_: StandIn()  # type: ignore[assignment]
+
+if runpod_balanced.HERE:
+    runpod_balanced.LONGEST_ANSWER = 1.0
