@@ -1,6 +1,7 @@
 """What a container does first: check where it is, check the models, serve, and say when it is ready.
 
-The server takes this program's place, so that signals reach it. Until it is ready, a child of it waits to say so.
+`scripts/start.py` takes this program's place, so that signals reach it: the server, or RunPod's worker with a server
+beside it. Until it is ready, a child of it waits to say so.
 """
 
 import os
@@ -104,7 +105,8 @@ def main() -> None:
         os._exit(0)
     # In what it takes for a container, BentoML does not start a worker again that was killed.
     del os.environ["BENTOML_CONTAINERIZED"]
-    os.execvp("bentoml", ["bentoml", "serve", os.environ["BENTO_PATH"]])  # noqa: S606, S607
+    os.chdir(Path(os.environ["BENTO_PATH"]) / "src")
+    os.execv(sys.executable, [sys.executable, "-m", "scripts.start", os.environ["BENTO_PATH"]])  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start the service in the way that its surroundings ask for: the one command of the image.
+"""Start the service in the way that its surroundings ask for. In the image, container/start.py runs it.
 
     python -m scripts.start [ARGUMENT…]     arguments of `bentoml serve`
 
@@ -15,7 +15,7 @@ is open to everybody: its callers need a key.
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from avatar_api.logs import JsonLines
@@ -25,10 +25,6 @@ from avatar_api.sidecar import Sidecar
 VOLUME = Path("/runpod-volume")
 OWN_DATABASE = "sqlite:////tmp/avatar-jobs.db"
 PORT = "3000"
-
-CHECKS: list[Callable[[], object]] = []
-"""What has to hold before a queue worker takes its first job, beside the models being loaded. RunPod is told what one
-of them raises, and replaces the worker."""
 
 
 def settings_for(environment: Mapping[str, str]) -> dict[str, str]:
@@ -69,7 +65,7 @@ def work_for_the_queue(arguments: Sequence[str], port: int) -> None:
     server = Sidecar(arguments, port, settings.home)
     server.start()
     try:
-        serve(settings, [*CHECKS, server.wait_until_ready])
+        serve(settings, [server.wait_until_ready])
     finally:
         server.stop()
 
