@@ -11,7 +11,7 @@ from typing import IO, Protocol
 
 from container.content import BLOCK, BytesContent, Content, ContentReader, sha256_of
 from container.digests import Digests
-from container.registry import MANIFEST, Manifest, Reference, Registry, Report
+from container.registry import INDEX, MANIFEST, Manifest, Reference, Registry, Report
 
 
 class Output(Protocol):
@@ -76,10 +76,14 @@ class LayoutOutput:
 
     def existing(self) -> Manifest | None:
         try:
-            (entry,) = json.loads((self._folder / "index.json").read_text())["manifests"]
+            index = (self._folder / "index.json").read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            (entry,) = json.loads(index)["manifests"]
             return Manifest(self._path(entry["digest"]).read_bytes(), MANIFEST)
         except (OSError, ValueError, KeyError):
-            return None
+            return Manifest(index, INDEX)  # something else
 
     def put(self, content: Content, key: str, report: Report) -> str:
         part = self._folder / "blobs" / f"{key.removeprefix('sha256:')}.part"
@@ -129,7 +133,7 @@ class ArchiveOutput:
         return digest in self._names
 
     def existing(self) -> Manifest | None:
-        return None
+        return Manifest(b"{}", MANIFEST) if self._path.exists() else None  # what is in it is not looked at
 
     def put(self, content: Content, key: str, report: Report) -> str:
         name = f"{key.removeprefix('sha256:')}.tar"

@@ -197,7 +197,8 @@ def compose(survey: Survey) -> tuple[bytes, bytes]:
     config = json.loads(json.dumps(survey.code.config))
     config["rootfs"]["diff_ids"] = [row.digest for row in layers] + config["rootfs"]["diff_ids"]
     epoch = {"created": "1970-01-01T00:00:00Z"}
-    config["history"] = [epoch | {"created_by": f"models: {row.name}"} for row in layers] + config.get("history", [])
+    history = config.get("history") or [{"created_by": "code"} for _ in survey.code.layers]
+    config["history"] = [epoch | {"created_by": f"models: {row.name}"} for row in layers] + history
     labels = config.setdefault("config", {}).get("Labels") or {}
     labels |= {f"{MODEL}.{model.name}": origin(model) for model in survey.models}
     config["config"]["Labels"] = labels

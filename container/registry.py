@@ -144,6 +144,9 @@ class Registry:
         self._authenticating = threading.Lock()
         self._client = httpx2.Client(timeout=TIMEOUT)
 
+    def close(self) -> None:
+        self._client.close()
+
     # What is there.
 
     def has(self, digest: str) -> bool:

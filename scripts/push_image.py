@@ -39,10 +39,9 @@ from container.digests import Digests
 from container.errors import ImageError
 from container.layers import Layer, read_store
 from container.outputs import RegistryOutput, open_output
-from container.push import Row, Survey, check_limits, push, survey_image
+from container.push import LIMITS, Row, Survey, check_limits, push, survey_image
 
 console = Console()
-LARGEST = 10 * 10**9
 OVERHEAD = 1.02  # of what goes over the wire: TLS, TCP and HTTP
 
 
@@ -59,8 +58,9 @@ def show(survey: Survey, bandwidth: float) -> None:
         f"{len(survey.rows)} layers, {decimal(size)}: {decimal(size - missing)} there already, {decimal(missing)} to "
         f"send, {duration(seconds(missing, bandwidth))} at {bandwidth:g} Mbit/s"
     )
-    if large := [row.name for row in survey.rows if row.size > LARGEST]:
-        say(f"Above 10 GB, which ghcr.io refuses and Docker Hub takes: {', '.join(large)}")
+    most, reason = LIMITS["ghcr.io"]
+    if large := [row.name for row in survey.rows if row.size > most]:
+        say(f"{reason}, and Docker Hub takes them: {', '.join(large)}")
 
 
 def seconds(size: int, bandwidth: float) -> float:
