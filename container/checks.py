@@ -9,10 +9,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from container.credentials import HUB
 from container.errors import ImageError
 from container.layers import StoredModel, plan
 from container.push import LIMITS
-from container.registry import HUB, Reference, Registry
+from container.registry import Reference, Registry
 
 ENGINES = {"podman": "{{.Store.GraphRoot}}", "docker": "{{.DockerRootDir}}"}
 """Each with what its `info` calls the folder of its images."""

@@ -18,7 +18,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder
 
@@ -106,7 +106,8 @@ def build(tag: str, engine: str, models: list[StoredModel]) -> None:
         os.environ["BENTOML_HOME"] = home  # which BentoML reads at its first use
         bento = bentoml.bentos.build_bentofile(str(REPOSITORY / "bentofile.yaml"), build_ctx=str(REPOSITORY))
         Path(bento.path, ".dockerignore").write_text("models\nhf-models\n")
-        built = bentoml.container.build(str(bento.tag), backend=engine, image_tag=(tag,), label=labels())
+        backend: Any = engine
+        built = bentoml.container.build(str(bento.tag), backend=backend, image_tag=(tag,), label=labels())
     if built is None:  # BentoML logs why, and raises nothing
         raise checks.build_failure(engine, log)
 
