@@ -9,10 +9,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from container.credentials import HUB
 from container.errors import ImageError
 from container.layers import StoredModel, plan
 from container.push import LIMITS
-from container.registry import HUB, Reference, Registry
+from container.registry import Reference, Registry
 
 ENGINES = {"podman": "{{.Store.GraphRoot}}", "docker": "{{.DockerRootDir}}"}
 """Each with what its `info` calls the folder of its images."""
@@ -28,7 +29,7 @@ def architecture(machine: str = platform.machine(), system: str = platform.syste
     where = "an ARM Mac" if system == "Darwin" else f"a machine of {machine}"
     raise ImageError(
         f"This is {where}, and the image is for x86_64: build it on a cloud machine or a self-hosted runner "
-        "(docs/BUILDING.md); a build under emulation takes days."
+        "(docs/BUILDING.md)."
     )
 
 
@@ -56,7 +57,7 @@ def engine_works(engine: str, base_image: str) -> str:
 
 def storage(engine: str) -> Path:
     """Where the engine's images lie."""
-    asked = [engine, "info", "--format", ENGINES.get(engine, ENGINES["docker"])]
+    asked = [engine, "info", "--format", ENGINES[engine]]
     answer = subprocess.run(asked, capture_output=True, text=True)
     folder = Path(answer.stdout.strip() or tempfile.gettempdir())
     return next(place for place in (folder, *folder.parents) if place.is_dir())

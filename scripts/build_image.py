@@ -18,7 +18,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder
 
@@ -87,6 +87,7 @@ def models_on_hub(profile: str) -> list[str]:
 def build(tag: str, engine: str, models: list[StoredModel]) -> None:
     """Build the Bento and its image without the models. Raises ImageError."""
     import bentoml
+    from bentoml.exceptions import BentoMLException
 
     log: list[str] = []
     logger = logging.getLogger("bentoml")
@@ -104,9 +105,13 @@ def build(tag: str, engine: str, models: list[StoredModel]) -> None:
             shutil.copy(model.folder / MODEL_YAML, named)
             (named.parent / "latest").write_text(model.version)
         os.environ["BENTOML_HOME"] = home  # which BentoML reads at its first use
-        bento = bentoml.bentos.build_bentofile(str(REPOSITORY / "bentofile.yaml"), build_ctx=str(REPOSITORY))
-        Path(bento.path, ".dockerignore").write_text("models\nhf-models\n")
-        built = bentoml.container.build(str(bento.tag), backend=engine, image_tag=(tag,), label=labels())
+        try:
+            bento = bentoml.bentos.build_bentofile(str(REPOSITORY / "bentofile.yaml"), build_ctx=str(REPOSITORY))
+        except BentoMLException as error:
+            raise ImageError(f"BentoML cannot build the Bento: {error}") from error
+        Path(bento.path, ".dockerignore").write_text(".dockerignore\nmodels\nhf-models\n")
+        backend: Any = engine
+        built = bentoml.container.build(str(bento.tag), backend=backend, image_tag=(tag,), label=labels())
     if built is None:  # BentoML logs why, and raises nothing
         raise checks.build_failure(engine, log)
 
@@ -127,7 +132,7 @@ def labels() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str:
-    """ "" outside of a repository, or without git."""
+    """Nothing outside of a repository, or without git."""
     if shutil.which("git") is None:
         return ""
     return subprocess.run(["git", "-C", REPOSITORY, *arguments], capture_output=True, text=True).stdout.strip()  # noqa: S607
@@ -137,9 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when built or nothing is wrong, 2 otherwise, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tag", default="avatar-api:latest", help="the code image's name (%(default)s)")
-    parser.add_argument(
-        "--engine", help="podman, docker, buildah, …: what BentoML builds with (the first that is there)"
-    )
+    parser.add_argument("--engine", choices=tuple(checks.ENGINES), help="what builds it (the first that is there)")
     parser.add_argument(
         "--profile", choices=("full", "runtime"), help="refuse to go on unless the store's models are so"
     )

@@ -62,8 +62,8 @@ def test_too_small_a_disk_is_named_with_what_is_needed(tmp_path: Path) -> None:
 
 def test_a_missing_engine_is_named_with_what_installs_one(store: Path, tmp_path: Path) -> None:
     assert "✗ Neither podman nor docker is installed: apt-get install podman" in check(store, PATH=str(tmp_path))
-    said = check(store, "--engine", "buildah", PATH=engine(tmp_path / "bin", "true"))
-    assert "✗ --engine buildah: it is not installed; podman is." in said
+    said = check(store, "--engine", "docker", PATH=engine(tmp_path / "bin", "true"))
+    assert "✗ --engine docker: it is not installed; podman is." in said
 
 
 def test_an_engine_that_is_there_but_runs_nothing_is_told_from_one_that_works(store: Path, tmp_path: Path) -> None:

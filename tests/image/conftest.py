@@ -52,7 +52,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(snapshots: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BENTOML_HOME with the three models."""
     home = tmp_path_factory.mktemp("store")
-    engine.run("python", "models/import_models.py", "--source", snapshots, BENTOML_HOME=str(home))
+    engine.run("python", "models/import_models.py", "--source", snapshots, variables={"BENTOML_HOME": str(home)})
     return home
 
 
@@ -60,9 +60,9 @@ def store(snapshots: Path, engine: Engine, tmp_path_factory: pytest.TempPathFact
 def plain(engine: Engine, checkout: Path, store: Path) -> Built:
     """By `bentoml build && bentoml containerize`, models in."""
     settings = {"BENTOML_HOME": str(store), "HF_TOKEN": TOKEN}
-    log = engine.run("bentoml", "build", cwd=checkout, **settings)
+    log = engine.run("bentoml", "build", cwd=checkout, variables=settings)
     command = ("bentoml", "containerize", "avatar-api:latest", "--backend", "podman", "--image-tag", PLAIN)
-    return Built(PLAIN, log + engine.run(*command, building=True, cwd=checkout, **settings))
+    return Built(PLAIN, log + engine.run(*command, building=True, cwd=checkout, variables=settings))
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def code(engine: Engine, checkout: Path, store: Path, plain: Built) -> Built:
     """Without models, by scripts/build_image.py; after the plain one, whose layers it shares but for the last ones."""
     settings = {"BENTOML_HOME": str(store), "HF_TOKEN": TOKEN}
     command = ("python", "scripts/build_image.py", "--engine", "podman", "--profile", "full", "--tag", CODE)
-    return Built(CODE, engine.run(*command, building=True, cwd=checkout, **settings))
+    return Built(CODE, engine.run(*command, building=True, cwd=checkout, variables=settings))
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ def pushed(engine: Engine, checkout: Path, store: Path, code: Built, hub: tuple[
     """The code image with the models below it, in the registry."""
     target = f"{hub[0]}/me/avatar-api:v1"
     settings = {"BENTOML_HOME": str(store), "HF_TOKEN": TOKEN}
-    return Built(target, engine.run("python", "scripts/push_image.py", CODE, target, cwd=checkout, **settings))
+    return Built(target, engine.run("python", "scripts/push_image.py", CODE, target, cwd=checkout, variables=settings))
 
 
 @pytest.fixture(scope="session")

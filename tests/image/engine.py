@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,17 @@ class Engine:
                 pytest.fail(f"{program} is not installed: apt-get install {PACKAGES}")
         wheels = CACHE / "wheels"
         if not list(wheels.glob("torch-*.whl")):  # uv shall take the build that pip takes here, not CUDA's
-            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", wheels, "torch==2.13.0"]
+            download = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "-d",
+                str(wheels),
+                "torch==2.13.0",
+            ]
             subprocess.run(download, check=True)
         # In a build: this machine's certificates, and the wheel. They do not end up in the image.
         (folder / "uv.toml").write_text(f'system-certs = true\nfind-links = ["{wheels}"]\n')
@@ -73,7 +83,7 @@ class Engine:
         engine.import_base()
         return engine
 
-    def environment(self, building: bool = False, **more: str) -> dict[str, str]:
+    def environment(self, building: bool = False, more: Mapping[str, str] = {}) -> dict[str, str]:
         return {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -84,12 +94,14 @@ class Engine:
             **more,
         }
 
-    def run(self, *command: object, building: bool = False, cwd: Path = REPOSITORY, **more: str) -> str:
+    def run(
+        self, *command: object, building: bool = False, cwd: Path = REPOSITORY, variables: Mapping[str, str] = {}
+    ) -> str:
         """What a command prints, on both streams. Raises if it fails."""
         done = subprocess.run(
             [str(part) for part in command],
             cwd=cwd,
-            env=self.environment(building, **more),
+            env=self.environment(building, variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

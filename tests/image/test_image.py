@@ -30,7 +30,7 @@ python generate_infinitetalk.py \\
 """The manual command of the guide, to the letter."""
 SMALLER = "--size 64x64 --sample_steps 1 --frame_num 9 --motion_frame 5"  # a CPU's share of it: the last flag counts
 
-VIDEO = {"prompt": "A woman talks.", "size": "64x64", "steps": 1, "seed": 7, "max_seconds": 0.4}
+VIDEO: dict[str, Any] = {"prompt": "A woman talks.", "size": "64x64", "steps": 1, "seed": 7, "max_seconds": 0.4}
 FRAMES = 10  # 0.4 s at 25 per second
 
 MODELS = "/home/bentoml/bento/models"
@@ -82,7 +82,7 @@ def test_both_ways_give_the_same_files_and_environment(engine: Engine, plain: Bu
         return {line for line in listed.splitlines() if not line.startswith(("/run", "/dev", "/sys", "/etc"))}
 
     ours, theirs = files(pulled), files(plain.name)
-    assert {line for line in ours ^ theirs if "/hf-models" not in line and "/.dockerignore" not in line} == set()
+    assert {line for line in ours ^ theirs if "/hf-models" not in line} == set()  # empty, BentoML's
     assert inspect(engine, pulled)["Env"] == inspect(engine, plain.name)["Env"]
 
 
@@ -204,9 +204,9 @@ def test_with_the_runtime_profile_in_a_volume_the_code_image_makes_the_same_vide
 ) -> None:
     home = tmp_path / "store"
     given = {"BENTOML_HOME": str(home)}
-    engine.run("python", "models/import_models.py", "--profile", "runtime", "--source", snapshots, **given)
+    engine.run("python", "models/import_models.py", "--profile", "runtime", "--source", snapshots, variables=given)
     build = ("python", "scripts/build_image.py", "--engine", "podman", "--profile", "runtime", "--tag", RUNTIME)
-    engine.run(*build, building=True, cwd=checkout, **given)
+    engine.run(*build, building=True, cwd=checkout, variables=given)
     volume = ("--volume", f"{home}/models:/home/bentoml/models:ro")
     with serving(engine, RUNTIME, tmp_path, *volume) as running:
         assert "3 models, 22 files" in running.log
@@ -239,4 +239,4 @@ def test_no_secret_is_in_any_layer_configuration_or_log(
 
 
 def test_verify_image_finds_nothing_wrong_in_the_registry(engine: Engine, pushed: Built, store: Path) -> None:
-    engine.run("python", "scripts/verify_image.py", pushed.name, BENTOML_HOME=str(store))
+    engine.run("python", "scripts/verify_image.py", pushed.name, variables={"BENTOML_HOME": str(store)})
