@@ -405,7 +405,7 @@ def prove(
     progress: Callable[[range], Any] = lambda numbers: numbers,
 ) -> Report:
     """Send the requests with these numbers to a server of their own."""
-    settings: dict[str, object] = {"max_seconds": 5, "max_upload_bytes": LIMIT, "fetch_seconds": 2}
+    settings: dict[str, Any] = {"max_seconds": 5, "max_upload_bytes": LIMIT, "fetch_seconds": 2}
     settings |= {"max_queued": 10**6, "max_queued_per_key": 10**6}
     settings |= {"database_url": database_url} if database_url else {}
     report, requests = Report(), Requests(seed)
