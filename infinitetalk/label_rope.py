@@ -6,6 +6,8 @@ is heard mostly by the tokens that show its speaker (MultiTalk, arXiv:2505.22647
 """
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 LABELS = ((0.0, 4.0), (20.0, 24.0))
@@ -21,16 +23,16 @@ _THETA = 10000.0
 def attention_to_regions(query: Tensor, key: Tensor, regions: Tensor) -> Tensor:
     """How much each token looks at each region of the first latent frame.
 
-    query, key: [1, S, heads, d] of a self-attention, after its rotary embedding; regions: bool [R, tokens of a frame]
+    query, key: [1, S, heads, d], turned already; regions: bool [R, tokens of a frame], R at most d
     → float32 [R, S], the mean over heads and over a region's tokens; 0 for a region without tokens.
     """
-    weights = regions.float() / regions.sum(dim=1, keepdim=True).clamp(min=1)
-    key = key[:, : regions.shape[1]]
-    total = torch.zeros(query.shape[1], len(regions), device=query.device)
-    for head in range(query.shape[2]):  # one at a time: the map of all would take gigabytes
-        logits = (query[0, :, head] * query.shape[-1] ** -0.5) @ key[0, :, head].T
-        total += logits.softmax(dim=1, dtype=torch.float32) @ weights.T
-    return (total / query.shape[2]).T
+    heads, head_dim = query.shape[2:]
+    # An attention whose values say which region a token is in adds up what is looked at in each; it is fused, and its
+    # logits are float32, while the map of all heads written out would take gigabytes.
+    inside = F.pad(regions.T.to(query.dtype), (0, head_dim - len(regions)))
+    value = inside[None, :, None].repeat(1, 1, heads, 1)
+    looks = dispatch_attention_fn(query, key[:, : regions.shape[1]], value)[0, :, :, : len(regions)]
+    return looks.float().mean(dim=1).T / regions.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def token_positions(attention: Tensor) -> Tensor:
@@ -50,21 +52,20 @@ def spread(values: Tensor, low: float, high: float) -> Tensor:
 
 def voice_positions(tokens: int, device: torch.device) -> Tensor:
     """float32 [2 · tokens]: the positions of the audio tokens of speaker 1, then of speaker 2."""
-    return torch.tensor(VOICES, device=device).repeat_interleave(tokens)
+    return torch.cat([torch.full((tokens,), position, device=device) for position in VOICES])
 
 
-def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """float32 [N] → cosines and sines of the angles that a head's N x d/2 pairs turn by, float32 [N, 1, d / 2]."""
+def rotary(positions: Tensor, head_dim: int) -> Tensor:
+    """float32 [N] → the rotations of a head's N x d/2 pairs, complex64 [N, 1, d / 2]."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, None] * _THETA**-exponents
-    return angles.cos(), angles.sin()
+    return torch.complex(angles.cos(), angles.sin())
 
 
-def turn(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of [..., N, heads, d] by the angles of `rotary`."""
-    first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
-    return (
-        torch.stack([first * cosines - second * sines, first * sines + second * cosines], -1)
-        .flatten(-2)
-        .type_as(states)
-    )
+def turn(states: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of [..., N, heads, d] by rotations like those of `rotary`, in float32.
+
+    As complex numbers: a GPU takes less than half the time that it takes with the two halves of the pairs apart.
+    """
+    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2).type_as(states)

@@ -49,10 +49,10 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("141gb", 102 * GB, "1280x1280"),
-        Preset("80gb", 72 * GB, "720p", offload_encoders=True, whole_up_to="720p"),
-        Preset("48gb", 29 * GB, "720p", offload_blocks=True, offload_encoders=True, whole_up_to="720p"),
-        Preset("24gb", 23 * GB, "720p", offload_blocks=True, offload_encoders=True, whole_up_to="480p"),
+        Preset("141gb", 105 * GB, "1280x1280"),
+        Preset("80gb", 74 * GB, "720p", offload_encoders=True, whole_up_to="720p"),
+        Preset("48gb", 31 * GB, "720p", offload_blocks=True, offload_encoders=True, whole_up_to="720p"),
+        Preset("24gb", 47 * GB // 2, "720p", offload_blocks=True, offload_encoders=True, whole_up_to="480p"),
     )
 }
 """By name, the largest first."""
@@ -116,13 +116,20 @@ def call_on(device: torch.device, module: nn.Module, *arguments: Any, **options:
 def offload_blocks(transformer: InfiniteTalkTransformer3DModel, device: torch.device) -> None:
     """Let a transformer that lies in the machine's memory compute on `device`, one block after another.
 
-    On a GPU the blocks are pinned, so that the next one is copied while one computes. They are pinned here, one tensor
-    at a time: the library would first make pinned copies of them all, and need the memory twice.
+    On a GPU it is pinned, so that the next block is copied while one computes. It is pinned here, one tensor at a
+    time: the library would first make pinned copies of them all, and need the memory twice. Quantised weights are left
+    to it: of those that are pinned already it would keep no copy, and lose them with the first block that it moves.
     """
-    if device.type == "cuda":
-        for module in transformer.blocks.modules():
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        for module in transformer.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach().pin_memory(), requires_grad=False))
-    transformer.enable_group_offload(
-        device, CPU, num_blocks_per_group=1, use_stream=device.type == "cuda", low_cpu_mem_usage=True
-    )
+                if type(parameter) is nn.Parameter:
+                    setattr(module, name, nn.Parameter(parameter.detach().pin_memory(), requires_grad=False))
+    transformer.enable_group_offload(device, CPU, num_blocks_per_group=1, use_stream=on_gpu)
+    if on_gpu:
+        # What is in no block the library copies to the GPU and back at every forward, through memory that is not
+        # pinned. With a stream it keeps the pinned tensors, as it does for the blocks, and nothing is copied back.
+        rest = transformer._diffusers_hook.get_hook("group_offloading").group
+        rest.stream = torch.cuda.Stream(device)
+        rest.cpu_param_dict = rest._init_cpu_param_dict()

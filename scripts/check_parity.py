@@ -1,10 +1,11 @@
 """Runs every golden case of the published implementation through the public API, and says how far off we are.
 
-    python scripts/check_parity.py GOLDENS_DIR [--only GLOB ...]
+    python scripts/check_parity.py GOLDENS_DIR [--only GLOB ...] [--device cuda]
 
 A golden case is a recorded input and output: `<group>_cases.safetensors` or `e2e/<case>.safetensors` with a .json of
 the same name beside it. Prints for each case the largest and mean absolute difference and the tolerance. Exit status:
-0 if every case is within its tolerance, 1 if any is out or of a form unknown here.
+0 if every case is within its tolerance, 1 if any is out or of a form unknown here. With `--device` the models compute
+there, in float32 throughout (no TF32), as the recorded ones did.
 """
 
 import argparse
@@ -80,7 +81,7 @@ class Case:
 
 
 def compare(actual: Any, expected: Any, tolerance: float = EXACT, mean_tolerance: float = float("inf")) -> Difference:
-    actual, expected = (torch.as_tensor(value).double() for value in (actual, expected))
+    actual, expected = (torch.as_tensor(value).cpu().double() for value in (actual, expected))
     if actual.shape != expected.shape:
         return Difference(float("inf"), float("inf"), tolerance, mean_tolerance)
     difference = (actual - expected).abs()
@@ -97,25 +98,32 @@ def read_group(directory: Path, name: str) -> tuple[dict[str, Any], dict[str, Te
 
 
 @cache
-def pipeline(goldens: Path) -> InfiniteTalkPipeline:
+def pipeline(goldens: Path, device: torch.device) -> InfiniteTalkPipeline:
     wan = goldens / "ckpt_tiny"
-    return InfiniteTalkPipeline.from_snapshots(wan, wan / "infinitetalk.safetensors", goldens / "wav2vec2_tiny", CPU)
+    return InfiniteTalkPipeline(
+        transformer(wan, device),
+        checkpoints.load_vae(wan, device),
+        checkpoints.load_text_encoder(wan, device, torch.float32),
+        checkpoints.load_tokenizer(wan),
+        checkpoints.load_image_encoder(wan, device, torch.float32),
+        checkpoints.load_speech_encoder(goldens / "wav2vec2_tiny", device),
+    )
 
 
 @cache
-def transformer(folder: Path) -> InfiniteTalkTransformer3DModel:
-    return checkpoints.load_transformer(folder, folder / "infinitetalk.safetensors", CPU, torch.float32)
+def transformer(folder: Path, device: torch.device) -> InfiniteTalkTransformer3DModel:
+    return checkpoints.load_transformer(folder, folder / "infinitetalk.safetensors", device, torch.float32)
 
 
 # Each group's cases.
 
 
-def wav2vec2_cases(goldens: Path) -> Iterator[Case]:
+def wav2vec2_cases(goldens: Path, device: torch.device) -> Iterator[Case]:
     details, tensors = read_group(goldens, "wav2vec2_cases")
 
     def run(case: str, folder: Path) -> list[Difference]:
         voice = tensors[f"{case}.waveform"].numpy()
-        features = VoiceFeatures(checkpoints.load_speech_encoder(folder, CPU), voice)
+        features = VoiceFeatures(checkpoints.load_speech_encoder(folder, device), voice)
         heard = features.gather([[frame] for frame in range(frame_count(len(voice)))])[:, 0]
         return [compare(heard, tensors[f"{case}.embedding"], FORWARD)]
 
@@ -124,46 +132,46 @@ def wav2vec2_cases(goldens: Path) -> Iterator[Case]:
             yield Case(f"{case}.{folder.name}", lambda case=case, folder=folder: run(case, folder))  # type: ignore[misc]
 
 
-def vae_cases(goldens: Path) -> Iterator[Case]:
+def vae_cases(goldens: Path, device: torch.device) -> Iterator[Case]:
     details, tensors = read_group(goldens, "vae_cases")
 
     def run(case: str) -> list[Difference]:
-        vae = pipeline(goldens)
-        latent = tensors[f"{case}.latent"][0]
+        vae = pipeline(goldens, device)
+        latent = tensors[f"{case}.latent"][0].to(device)
         if case.startswith("dec"):
             return [compare(vae.decode_video(latent), tensors[f"{case}.video"][0], FORWARD)]
         if f"{case}.first_frame" in tensors:
             video = F.pad(tensors[f"{case}.first_frame"][0], (0, 0, 0, 0, 0, 4 * (latent.shape[1] - 1)))
         else:
             video = tensors[f"{case}.video"][0]
-        return [compare(vae.encode_video(video), latent, FORWARD)]
+        return [compare(vae.encode_video(video.to(device)), latent, FORWARD)]
 
     for case in details["cases"]:
         yield Case(case, lambda case=case: run(case))  # type: ignore[misc]
 
     def statistics() -> list[Difference]:
-        config = pipeline(goldens).vae.config
+        config = pipeline(goldens, device).vae.config
         return [compare(torch.tensor(getattr(config, name)), tensors[name]) for name in ("latents_mean", "latents_std")]
 
     yield Case("statistics", statistics)
 
 
-def clip_cases(goldens: Path) -> Iterator[Case]:
+def clip_cases(goldens: Path, device: torch.device) -> Iterator[Case]:
     details, tensors = read_group(goldens, "clip_cases")
 
     def run(case: str) -> list[Difference]:
-        picture = tensors[f"{case}.image_u8"] / 127.5 - 1
-        return [compare(pipeline(goldens).encode_picture(picture), tensors[f"{case}.features"], FORWARD)]
+        picture = tensors[f"{case}.image_u8"].to(device) / 127.5 - 1
+        return [compare(pipeline(goldens, device).encode_picture(picture), tensors[f"{case}.features"], FORWARD)]
 
     for case in details["cases"]:
         yield Case(case, lambda case=case: run(case))  # type: ignore[misc]
 
 
-def t5_cases(goldens: Path) -> Iterator[Case]:
+def t5_cases(goldens: Path, device: torch.device) -> Iterator[Case]:
     details, tensors = read_group(goldens, "t5_cases")
 
     def run(index: int) -> list[Difference]:
-        encoded = pipeline(goldens).encode_prompt(details["texts"][index])[0]
+        encoded = pipeline(goldens, device).encode_prompt(details["texts"][index])[0].cpu()
         context = tensors[f"context{index}"]
         return [
             agree(prompt_clean(details["texts"][index]), details["cleaned"][index]),
@@ -172,7 +180,8 @@ def t5_cases(goldens: Path) -> Iterator[Case]:
 
     def run_ids() -> list[Difference]:
         ids, mask = tensors["rand.ids"], tensors["rand.mask"]
-        hidden = pipeline(goldens).text_encoder(ids, attention_mask=mask).last_hidden_state
+        encoder = pipeline(goldens, device).text_encoder
+        hidden = encoder(ids.to(device), attention_mask=mask.to(device)).last_hidden_state.cpu()
         return [compare(hidden[mask.bool()], tensors["rand.hidden"][mask.bool()], FORWARD)]
 
     for index in range(len(details["texts"])):
@@ -180,7 +189,7 @@ def t5_cases(goldens: Path) -> Iterator[Case]:
     yield Case("rand", run_ids)
 
 
-def frames_cases(goldens: Path) -> Iterator[Case]:
+def frames_cases(goldens: Path, device: torch.device) -> Iterator[Case]:
     details, tensors = read_group(goldens, "frames")
 
     def run(case: dict[str, Any]) -> list[Difference]:
@@ -204,12 +213,12 @@ def frames_cases(goldens: Path) -> Iterator[Case]:
         yield Case(str(case["id"]), lambda case=case: run(case))  # type: ignore[misc]
 
 
-def dit_cases(goldens: Path, group: str) -> Iterator[Case]:
+def dit_cases(goldens: Path, device: torch.device, group: str) -> Iterator[Case]:
     details, tensors = read_group(goldens, f"{group}_cases")
     folder = goldens / ("ckpt_tiny" if group == "dit_small" else group)
 
     def run(name: str, case: dict[str, Any]) -> list[Difference]:
-        model = transformer(folder)
+        model = transformer(folder, device)
         latents = torch.cat([tensors[f"{name}.x"][None], tensors[f"{name}.y"]], dim=1)
         context = tensors[f"{name}.context"]
         frames = torch.arange(case["audio_start"], case["audio_end"])[:, None] + torch.arange(-2, 3)
@@ -222,19 +231,21 @@ def dit_cases(goldens: Path, group: str) -> Iterator[Case]:
             audio = torch.stack([voice[frames.clamp(0, len(voice) - 1)] for voice in voices])[None]
         regions = tensors[f"{name}.ref_target_masks"][:2, ::2, ::2] > 0 if case["people"] == 2 else None
         padded = F.pad(context, (0, 0, 0, 512 - len(context)))[None]
-        prediction = model(latents, tensors[f"{name}.t"], padded, tensors[f"{name}.clip_fea"], audio, regions=regions)
+        inputs = (latents, tensors[f"{name}.t"], padded, tensors[f"{name}.clip_fea"], audio)
+        placed = (given if given is None else given.to(device) for given in inputs)
+        prediction = model(*placed, regions=regions if regions is None else regions.to(device))
         return [compare(prediction[0], tensors[f"{name}.out"], FORWARD)]
 
     for name, case in details["cases"].items():
         yield Case(name, lambda name=name, case=case: run(name, case))  # type: ignore[misc]
 
 
-def e2e_cases(goldens: Path) -> Iterator[Case]:
+def e2e_cases(goldens: Path, device: torch.device) -> Iterator[Case]:
     for file in sorted((goldens / "e2e").glob("*.json")):
-        yield Case(file.stem, lambda file=file: run_whole(goldens, file))  # type: ignore[misc]
+        yield Case(file.stem, lambda file=file: run_whole(goldens, device, file))  # type: ignore[misc]
 
 
-def run_whole(goldens: Path, file: Path) -> list[Difference]:
+def run_whole(goldens: Path, device: torch.device, file: Path) -> list[Difference]:
     details, tensors = read_group(file.parent, file.stem)
     if "args_second" in details:  # the second of two runs of one pipeline, which is to be as if it were the first
         teacache, _ = read_group(file.parent, "teacache")
@@ -246,7 +257,7 @@ def run_whole(goldens: Path, file: Path) -> list[Difference]:
     differences = []
     for arguments, video in runs:
         settings = whole_settings(details[arguments], extra)
-        differences += run_once(goldens, details, tensors, source, settings, buckets, video)
+        differences += run_once(goldens, device, details, tensors, source, settings, buckets, video)
     return differences
 
 
@@ -271,6 +282,7 @@ def whole_settings(arguments: dict[str, Any], extra: dict[str, Any]) -> Settings
 
 def run_once(
     goldens: Path,
+    device: torch.device,
     details: dict[str, Any],
     tensors: dict[str, Tensor],
     source: dict[str, Any],
@@ -278,7 +290,7 @@ def run_once(
     buckets: dict[str, Any],
     video: str,
 ) -> list[Difference]:
-    pipe = pipeline(goldens)
+    pipe = pipeline(goldens, device)
     reference = read_reference(goldens / source["cond_video"])
     first = reference if isinstance(reference, np.ndarray) else reference[0]
     source_height, source_width = first.shape[:2]
@@ -346,7 +358,7 @@ class Overridden:
             self.weight.copy_(self.original)
 
 
-def helpers_cases(goldens: Path) -> Iterator[Case]:
+def helpers_cases(goldens: Path, device: torch.device) -> Iterator[Case]:
     """Functions on their own. A case is all that has the same first part of its name: resize0.image, resize0.out."""
     details, tensors = read_group(goldens, "helpers")
     names = dict.fromkeys([*details, *tensors])
@@ -419,7 +431,7 @@ def run_helper(case: str, details: dict[str, Any], tensors: dict[str, Tensor]) -
         return [min(rope3d(tensors["rope3d.x"], tensors["rope3d.out"]), key=lambda difference: difference.maximum)]
     if case == "rope1d":
         angles = label_rope.rotary(tensors["rope1d.pos"], tensors["rope1d.x"].shape[-1])
-        turned = label_rope.turn(tensors["rope1d.x"].transpose(1, 2), *angles)
+        turned = label_rope.turn(tensors["rope1d.x"].transpose(1, 2), angles)
         return [compare(turned.transpose(1, 2), tensors["rope1d.out"], 1e-6)]
     if case == "normscale":
         low, high = label_rope.LABELS[1]
@@ -490,20 +502,20 @@ def rope3d(queries: Tensor, expected: Tensor) -> Iterator[Difference]:
             yield compare(turned, expected, 1e-5)
 
 
-GROUPS: dict[str, Callable[[Path], Iterator[Case]]] = {
+GROUPS: dict[str, Callable[[Path, torch.device], Iterator[Case]]] = {
     "wav2vec2_cases": wav2vec2_cases,
     "vae_cases": vae_cases,
     "clip_cases": clip_cases,
     "t5_cases": t5_cases,
     "helpers": helpers_cases,
     "frames": frames_cases,
-    "dit_small_cases": lambda goldens: dit_cases(goldens, "dit_small"),
-    "dit_hard_cases": lambda goldens: dit_cases(goldens, "dit_hard"),
+    "dit_small_cases": lambda goldens, device: dit_cases(goldens, device, "dit_small"),
+    "dit_hard_cases": lambda goldens, device: dit_cases(goldens, device, "dit_hard"),
     "e2e": e2e_cases,
 }
 
 
-def find_cases(goldens: Path) -> Iterator[Case]:
+def find_cases(goldens: Path, device: torch.device = CPU) -> Iterator[Case]:
     """Every case in the folder, as group/case; a file of an unknown form becomes a case that fails."""
     present = {file.stem for file in goldens.glob("*.safetensors")} | {"e2e"} & {
         file.name for file in goldens.iterdir()
@@ -514,7 +526,7 @@ def find_cases(goldens: Path) -> Iterator[Case]:
         if group not in GROUPS:
             yield Case(group, lambda group=group: unknown(group))  # type: ignore[misc]
             continue
-        for case in GROUPS[group](goldens):
+        for case in GROUPS[group](goldens, device):
             yield Case(f"{group.removesuffix('_cases')}/{case.name}", case.run)
 
 
@@ -533,7 +545,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="GLOB", help="e.g. vae 'dit_small/single*' e2e/clip"
     )
+    parser.add_argument("--device", type=torch.device, default=CPU, help="where the models compute (cpu)")
     options = parser.parse_args(arguments)
+    torch.backends.cudnn.allow_tf32 = False  # the default in convolutions, and as coarse as float16
     if not options.goldens.is_dir():
         parser.error(f"{options.goldens} is not a folder")
 
@@ -541,7 +555,7 @@ def main(arguments: list[str] | None = None) -> int:
         parts = (name, *name.split("/"))
         return any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in options.only)
 
-    cases = [case for case in find_cases(options.goldens) if selected(case.name)]
+    cases = [case for case in find_cases(options.goldens, options.device) if selected(case.name)]
     if not cases:
         parser.error(f"no case in {options.goldens} matches {' '.join(options.only)}")
     passed, failed = 0, []

@@ -3,10 +3,10 @@
     python scripts/memory_presets.py                   the published model, from its configuration
     python scripts/memory_presets.py --models DIR      the snapshots in DIR, from the shapes in their files
 
-Nothing here was measured on a GPU. Weights are counted. What a computation takes beside them is counted too: the
-model's own code runs on torch's meta device, which knows shapes and has no memory, and every tensor it makes is added
-up while it lives. Attention is taken to be fused, as it is on a GPU. What torch, cuDNN and the allocator take on top is
-an assumption: a tenth of the tensors, and 1.5 GB.
+Weights are counted. What a computation takes beside them is counted too: the model's own code runs on torch's meta
+device, which knows shapes and has no memory, and every tensor it makes is added up while it lives. Attention is taken
+to be fused, as it is on a GPU. What cuDNN and CUDA take on top is as measured on an H200 (`benchmarks/gpu.py`); what the
+allocator loses is an assumption: a tenth of the tensors.
 """
 
 import argparse
@@ -43,8 +43,10 @@ KINDS = 3
 """Forwards of a step that TeaCache keeps an outcome of."""
 ALLOCATOR = 0.1
 """What the allocator's rounding and fragmentation add to the tensors that come and go."""
-FIXED = 3 * GB // 2
-"""CUDA's context and kernels, the workspaces of cuBLAS and cuDNN."""
+CONVOLUTIONS = 0.15
+"""What cuDNN takes beside the tensors while the VAE computes: 14 to 15 % of them, measured at 480p and 720p."""
+FIXED = GB
+"""CUDA's context and kernels; 0.93 GB measured."""
 COPIED_BLOCKS = 2
 """Blocks on the GPU when they are offloaded: the one that computes, and the next."""
 
@@ -73,7 +75,12 @@ def stored(folder: Path) -> Models:
 
 def published() -> Models:
     """As Wan2.1-I2V-14B, InfiniteTalk and chinese-wav2vec2-base are."""
-    with init_empty_weights():
+    return Models(*(model.to(META) for model in published_shapes()))
+
+
+def published_shapes() -> Models:
+    """The same, with parameters on the meta device and buffers that have their values."""
+    with init_empty_weights(include_buffers=False):
         transformer = InfiniteTalkTransformer3DModel(
             num_attention_heads=40,
             attention_head_dim=128,
@@ -108,7 +115,7 @@ def published() -> Models:
     for name, parameter in transformer.named_parameters():
         if not any(part in name for part in FLOAT32_PARTS):
             parameter.data = parameter.data.bfloat16()
-    return Models(*(model.to(META).eval() for model in models))
+    return Models(*(model.eval() for model in models))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -189,7 +196,7 @@ class Activations:
     decoding: int
     in_tiles: int
     kept: int
-    """From clip to clip: the frames of the clip before, and TeaCache's outcomes."""
+    """From clip to clip: TeaCache's outcomes."""
 
 
 class Model:
@@ -260,7 +267,7 @@ def activations(
     tokens, video = LATENT_FRAMES * area // 256, 3 * FRAMES * area * 4
     given = two_speakers(transformer, height, width)
     forward = peak_bytes(lambda: transformer(*given))
-    encoding, decoding = (round(of * area) for of in per_pixel)
+    encoding, decoding = (round((1 + CONVOLUTIONS) * of * area) for of in per_pixel)
     tile, stride = vae.tile_sample_min_height, vae.tile_sample_stride_height
     return Activations(
         forward=forward,
@@ -268,8 +275,8 @@ def activations(
         encoding=encoding,
         decoding=decoding,
         # One tile; and all of them, which overlap, their rows, the whole, and that clamped.
-        in_tiles=round(per_pixel[1] * tile**2 + video * ((tile / stride) ** 2 + 3)),
-        kept=video + KINDS * tokens * config.num_attention_heads * config.attention_head_dim * 2,
+        in_tiles=round((1 + CONVOLUTIONS) * per_pixel[1] * tile**2 + video * ((tile / stride) ** 2 + 3)),
+        kept=KINDS * tokens * config.num_attention_heads * config.attention_head_dim * 2,
     )
 
 
@@ -322,7 +329,7 @@ def table(model: Model) -> Iterator[str]:
         ("encoding 81 frames", lambda took: took.encoding),
         ("decoding them whole", lambda took: took.decoding),
         ("decoding them in tiles, at most", lambda took: took.in_tiles),
-        ("kept meanwhile: the clip before, TeaCache", lambda took: took.kept),
+        ("kept meanwhile by TeaCache", lambda took: took.kept),
     ):
         yield row(title, *map(take, model.activations.values()))
 

@@ -1,5 +1,7 @@
 """Presets by the GPU's memory: what they need, which is picked, and that where the parts lie changes no pixel."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +111,15 @@ def test_counted_bytes_are_those_that_torch_takes(snapshots: Path, size: tuple[i
     assert peak_bytes(lambda: described(*shapes)) == pytest.approx(taken.max(), rel=0.01)
 
 
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_on_a_gpu_grows_in_segments_unless_told_otherwise(own: str | None) -> None:
+    ask = "import infinitetalk, os; print(os.environ.get('PYTORCH_ALLOC_CONF'), os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
+    environment = {} if own is None else {own: "backend:native"}
+    answer = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    expected = {None: "expandable_segments:True None", "PYTORCH_ALLOC_CONF": "backend:native None"}
+    assert answer.stdout.strip() == expected.get(own, "None backend:native")
+
+
 # Which preset is picked.
 
 
@@ -139,10 +150,10 @@ def test_a_preset_can_be_named_and_an_unknown_one_is_refused(snapshots: Path) ->
 
 def test_the_log_says_what_a_preset_means() -> None:
     small, large = describe(PRESETS["24gb"], CPU), describe(PRESETS["141gb"], CPU)
-    assert "needs 23 GB for 720p" in small
+    assert "needs 24 GB for 720p" in small
     assert "two blocks at a time on the GPU" in small
     assert "above 480p decoded in tiles, which is not exact" in small
-    assert "needs 102 GB for 1280x1280" in large
+    assert "needs 105 GB for 1280x1280" in large
     assert "tiles" not in large
     assert "\n" not in small + large
     assert describe(IN_PLACE, CPU).startswith("memory preset cpu: ")
