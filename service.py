@@ -23,6 +23,7 @@ from bentoml.models import BentoModel
 from bentoml.validators import ContentType, FileSchema
 from fastapi.responses import Response
 from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from avatar_api import grpc_server, logs, metrics, runpod_balanced
 from avatar_api.auth import Authenticated, Keys, client_of
@@ -52,8 +53,14 @@ RUNNER_SECONDS = 3.0  # how long health waits for the runner, who answers at onc
 GRACE_SECONDS = 20.0  # after SIGTERM: what a clip may take before its job goes back to the queue, and a gRPC call
 
 
-Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
-"""BentoML reads a form's texts as JSON where they are: a prompt of 42 arrives as a number."""
+def _text(value: Any) -> str:
+    """BentoML reads a form's texts as JSON where they are: a prompt of 42 arrives as a number. A file arrives as bytes."""
+    if isinstance(value, bytes):
+        raise PydanticCustomError("file", "it is a file; send text")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+Text = Annotated[str, BeforeValidator(_text)]
 
 
 OptionalFile = Annotated[Path | None, FileSchema()]  # BentoML takes a bare `Path | None` for no file

@@ -84,6 +84,13 @@ def test_a_form_that_cannot_be_read_is_refused_with_the_reason(served: Served) -
             assert answer.status_code == 400, answer.text
 
 
+def test_a_file_where_a_text_belongs_is_refused_by_name(served: Served) -> None:
+    picture = ("prompt.png", b"\x89PNG\xff\xfe", "image/png")
+    answer = httpx.post(served.url + "/generate", files={"prompt": picture, "image": b"x"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"] == "prompt: it is a file; send text."
+
+
 @pytest.mark.parametrize("name", ["../../../../tmp/escaped", "." * 300, "/etc/passwd", "a\\b"])
 def test_a_files_name_is_part_of_no_path(served: Served, name: str) -> None:
     files = {"image": (name, b"no picture"), "audio": (name, b"no sound")}
