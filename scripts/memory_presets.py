@@ -5,8 +5,8 @@
 
 Weights are counted. What a computation takes beside them is counted too: the model's own code runs on torch's meta
 device, which knows shapes and has no memory, and every tensor it makes is added up while it lives. Attention is taken
-to be fused, as it is on a GPU. What cuDNN and CUDA take on top is as measured on an H200 (`benchmarks/gpu.py`); what the
-allocator loses is an assumption: a tenth of the tensors.
+to be fused, as it is on a GPU. What cuDNN and CUDA take on top is as measured on an H200 (`benchmarks/gpu.py`); what
+the allocator loses is an assumption: a tenth of the tensors.
 """
 
 import argparse
