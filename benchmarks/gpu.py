@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
@@ -70,6 +69,13 @@ class Taken(NamedTuple):
     """Bytes of all tensors together, at the most."""
     reserved: int
     """Bytes that torch's allocator held at the most, in all."""
+
+
+def machine_memory_used() -> int:
+    """Linux only: bytes."""
+    lines = (line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    kilobytes = {name: int(value.split()[0]) for name, value in lines}
+    return 1024 * (kilobytes["MemTotal"] - kilobytes["MemAvailable"])
 
 
 def synchronize(device: torch.device) -> None:
@@ -428,7 +434,7 @@ def profile(bench: Bench) -> None:
         kernels = [
             event
             for event in profiled.key_averages()
-            if event.self_device_time_total > 0 and event.device_type != torch.autograd.DeviceType.CPU
+            if event.self_device_time_total > 0 and event.device_type.name != "CPU"
         ]
         kernels.sort(key=lambda event: -event.self_device_time_total)
         whole = sum(event.self_device_time_total for event in kernels)
@@ -489,7 +495,7 @@ def presets(bench: Bench) -> None:
             pipeline.transformer.to("cpu")
             between = time.perf_counter()
             memory.offload_blocks(pipeline.transformer, device)
-            used = psutil.virtual_memory().used / GB
+            used = machine_memory_used() / GB
             moved, pinned = between - begun, time.perf_counter() - between
             print(f"(moved in {moved:.1f} s, pinned in {pinned:.1f} s, {used:.0f} GB of the machine's memory used)")
         gc.collect()

@@ -99,7 +99,7 @@ class SelfAttention(WanAttnProcessor):
     """The library's, but that it also tells how much each token looks at each of some regions of the first frame."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *conditions: Any, regions: Tensor | None = None) -> Any:
-        """→ [B, S, D], and float32 [R, S] of regions, bool [R, tokens of a frame]."""
+        """→ [B, S, D]; with regions (bool [R, tokens of a frame]) also float32 [R, S]."""
         rotations = conditions[2]
         query = turn(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)), rotations)
         key = turn(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)), rotations)
@@ -107,8 +107,8 @@ class SelfAttention(WanAttnProcessor):
         attended = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        looks = None if regions is None else attention_to_regions(query, key, regions)
-        return attn.to_out[0](attended.flatten(2)), looks
+        attended = attn.to_out[0](attended.flatten(2))
+        return attended if regions is None else (attended, attention_to_regions(query, key, regions))
 
 
 class InfiniteTalkBlock(WanTransformerBlock):
@@ -147,7 +147,8 @@ class InfiniteTalkBlock(WanTransformerBlock):
 
         normed = modulated_norm(hidden_states, scale, shift, self.norm1.eps)
         regions = None if voices is None else voices.regions
-        attended, looks = self.attn1(normed, None, None, rotary_emb, regions=regions)
+        attended = self.attn1(normed, None, None, rotary_emb, regions=regions)
+        attended, looks = (attended, None) if regions is None else attended
         hidden_states = add_gated(hidden_states, attended, gate)
 
         normed = self.norm2(hidden_states.float()).to(dtype)
