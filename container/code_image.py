@@ -1,8 +1,8 @@
 """The image without models, as it comes: from podman or docker, from an OCI layout or from a docker archive.
 
     source = open_source("localhost/avatar-api:latest")     # or oci:DIR, docker-archive:FILE
-    code = examine(source, protected)                       # read once: digests, and nothing in it that must not be
-    for blob, content in source.blobs(code.layers): ...     # read again, to send
+    code = examine(source, protected, own)                  # read once: digests, and nothing in it that must not be
+    for blob, content in wanted(source, code.layers): ...   # read again, to send
 
 An engine's image comes through a pipe, `podman save` or `docker save`, and is never written to a disk.
 """
@@ -78,7 +78,7 @@ def examine(source: Source, protected: Mapping[str, bool], own: Mapping[str, byt
     found: dict[str, Blob] = {}
     for name, content in source.contents():
         scan, start = LayerScan(protected, own), b""
-        for block in content.blocks(0, content.size):
+        for block in content.all_blocks():
             start = start or bytes(block[:4])
             if not is_json(start):
                 scan.feed(block)
@@ -229,16 +229,23 @@ class EngineSource(ArchiveSource):
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
-        form = ["--format", "docker-archive"] if self._engine == "podman" else []
+        form = ["--quiet", "--format", "docker-archive"] if self._engine == "podman" else []
         command = [self._engine, "save", *form, self._name]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stderr is not None  # noqa: S101 - asked for
+            broken = None
             try:
-                yield process.stdout
-                process.stdout.read()  # what follows the archive's end
+                try:
+                    yield process.stdout
+                except tarfile.TarError as error:
+                    broken = error  # the engine knows why
+                while process.stdout.read(SMALL):  # what follows the archive's end
+                    pass
                 said = process.stderr.read().decode(errors="replace").strip().splitlines()
                 if process.wait():
                     raise ImageError(f"{' '.join(command)} failed: {said[-1] if said else 'it says nothing'}")
+                if broken is not None:
+                    raise broken
             finally:
                 process.kill()
 

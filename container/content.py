@@ -12,23 +12,22 @@ BLOCK = 2**20  # bytes that are read, hashed and sent at a time: they stay in th
 
 
 class Content:
-    """A blob of `size` bytes. `digest` is "sha256:…", known from the start or else when all have been read once."""
+    """A blob of `size` bytes. `digest` is "sha256:…"; what has not been read yet is read for it."""
 
     chunk = 128 * 2**20  # bytes that one request sends; what a cut connection costs at most
 
-    def __init__(self, size: int, digest: str | None = None) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self._known = digest
         self._sha256, self._hashed = hashlib.sha256(), 0
 
     def blocks(self, start: int, end: int) -> Iterator[memoryview]:
         """The bytes from `start` to `end`. A block is valid until the next is asked for."""
-        if self._known is None and start > self._hashed:  # goes on with what another process has begun to send
+        if start > self._hashed:  # goes on with what another process has begun to send
             for _ in self.blocks(self._hashed, start):
                 pass
         position = start
         for block in self._read(start, end):
-            if self._known is None and position + len(block) > self._hashed:
+            if position + len(block) > self._hashed:
                 self._sha256.update(block[self._hashed - position :])
                 self._hashed = position + len(block)
             position += len(block)
@@ -36,16 +35,17 @@ class Content:
         if position != end:
             raise ImageError(f"{self} ends after {position} of {self.size} bytes: was it changed meanwhile?")
 
-    def read(self) -> None:
-        """Only for its digest."""
-        for _ in self.blocks(0, self.size):
-            pass
+    def all_blocks(self) -> Iterator[memoryview]:
+        """From the beginning to the end; of a stream, a chunk at a time is kept in memory."""
+        for start in range(0, self.size, self.chunk):
+            yield from self.blocks(start, min(start + self.chunk, self.size))
 
     @property
     def digest(self) -> str:
-        if self._known is None and self._hashed != self.size:
-            raise ValueError(f"{self} has not been read to its end")
-        return self._known or f"sha256:{self._sha256.hexdigest()}"
+        if self._hashed < self.size:
+            for _ in self.blocks(self._hashed, self.size):
+                pass
+        return f"sha256:{self._sha256.hexdigest()}"
 
     def _read(self, start: int, end: int) -> Iterator[memoryview]:
         raise NotImplementedError
@@ -54,8 +54,8 @@ class Content:
 class FileContent(Content):
     """A file's."""
 
-    def __init__(self, path: Path, digest: str | None = None) -> None:
-        super().__init__(path.stat().st_size, digest)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.stat().st_size)
         self._path = path
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ class StreamContent(Content):
 
     chunk = 16 * 2**20
 
-    def __init__(self, stream: IO[bytes], size: int, name: str, digest: str | None = None) -> None:
-        super().__init__(size, digest)
+    def __init__(self, stream: IO[bytes], size: int, name: str) -> None:
+        super().__init__(size)
         self._stream, self._name = stream, name
         self._kept, self._start = bytearray(), 0  # the bytes of the request under way, and their position
 
@@ -135,7 +135,7 @@ class ContentReader(io.RawIOBase):
     """A content to be read from its beginning like a file; `report` is told how far."""
 
     def __init__(self, content: Content, report: Callable[[int], object]) -> None:
-        self._blocks, self._rest = content.blocks(0, content.size), memoryview(b"")
+        self._blocks, self._rest = content.all_blocks(), memoryview(b"")
         self._report, self._position = report, 0
 
     def readable(self) -> bool:

@@ -32,15 +32,12 @@ def find_credentials(host: str) -> Credentials | None:
     """Those for a registry; None where nobody has logged in to it."""
     keys = [HUB_KEY, HUB] if host == HUB else [host, f"https://{host}", f"https://{host}/v1/", f"https://{host}/v2/"]
     for file in login_files():
-        try:
-            login = json.loads(file.read_text())
-            programs, entries = login.get("credHelpers") or {}, login.get("auths") or {}
-            program = next((programs[key] for key in keys if key in programs), login.get("credsStore"))
-            found = ask_program(program, keys[0]) if program else None
-            for key in keys:
-                found = found or (in_file(entries[key]) if key in entries else None)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ImageError(f"{file} cannot be read ({error}): mend it, or log in again.") from error
+        login = read_login(file)
+        programs, entries = login.get("credHelpers") or {}, login.get("auths") or {}
+        program = next((programs[key] for key in keys if key in programs), login.get("credsStore"))
+        found = ask_program(program, keys[0]) if program else None
+        for key in keys:
+            found = found or (in_file(entries[key]) if key in entries else None)
         if found:
             return found
     return None
@@ -54,6 +51,25 @@ def login_files() -> Iterator[Path]:
         podman = Path(os.environ["REGISTRY_AUTH_FILE"])
     root = Path("/run/containers") / str(os.getuid()) / "auth.json"  # podman's without a login session
     return (file for file in (docker, podman, root) if file.is_file())
+
+
+def stored_secrets() -> dict[str, str]:
+    """The passwords and tokens in those files, under the registries that they are for."""
+    secrets = {}
+    for file in login_files():
+        for host, entry in (read_login(file).get("auths") or {}).items():
+            found = in_file(entry)
+            if found is not None:
+                secrets[f"the login of {host}"] = found.password or found.token
+    return secrets
+
+
+def read_login(file: Path) -> dict[str, Any]:
+    try:
+        login: dict[str, Any] = json.loads(file.read_text())
+        return login
+    except ValueError as error:
+        raise ImageError(f"{file} cannot be read ({error}): mend it, or log in again.") from error
 
 
 def in_file(entry: dict[str, Any]) -> Credentials | None:

@@ -186,8 +186,8 @@ def with_directories(files: Sequence[Entry]) -> tuple[Entry, ...]:
 class LayerContent(Content):
     """A layer's bytes. The first time through, each file is compared with its lock."""
 
-    def __init__(self, layer: Layer, digest: str | None = None) -> None:
-        super().__init__(layer.size, digest)
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer.size)
         self._layer = layer
         self._entry_sha256, self._checked = hashlib.sha256(), 0
 
@@ -221,7 +221,7 @@ class LayerContent(Content):
         position = start + first
         for block in blocks:
             end = position + len(block)
-            if self._known is None and end > self._checked:
+            if end > self._checked:
                 if self._checked <= start:  # its first bytes
                     self._entry_sha256 = hashlib.sha256()
                 self._entry_sha256.update(block[max(self._checked - position, 0) :])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import IO, Protocol
 
 from container.content import BLOCK, BytesContent, Content, ContentReader, sha256_of
 from container.digests import Digests
-from container.registry import MANIFEST, Manifest, Reference, Registry, Report
+from container.registry import INDEX, MANIFEST, Manifest, Reference, Registry, Report
 
 
 class Output(Protocol):
@@ -25,6 +26,9 @@ class Output(Protocol):
 
     def existing(self) -> Manifest | None:
         """The image that is there under this name."""
+
+    def room(self) -> int | None:
+        """Bytes of free disk; None where that is not known."""
 
     def finish(self, config: bytes, manifest: bytes) -> None:
         """Make the layers an image."""
@@ -50,6 +54,9 @@ class RegistryOutput:
         remember("")
         return digest
 
+    def room(self) -> int | None:
+        return None
+
     def finish(self, config: bytes, manifest: bytes) -> None:
         self.registry.upload(BytesContent(config, "the configuration"), lambda _: None)
         self.registry.put_manifest(self.registry.reference.tag, manifest, MANIFEST)
@@ -69,16 +76,20 @@ class LayoutOutput:
 
     def existing(self) -> Manifest | None:
         try:
-            (entry,) = json.loads((self._folder / "index.json").read_text())["manifests"]
+            index = (self._folder / "index.json").read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            (entry,) = json.loads(index)["manifests"]
             return Manifest(self._path(entry["digest"]).read_bytes(), MANIFEST)
         except (OSError, ValueError, KeyError):
-            return None
+            return Manifest(index, INDEX)  # something else
 
     def put(self, content: Content, key: str, report: Report) -> str:
         part = self._folder / "blobs" / f"{key.removeprefix('sha256:')}.part"
         position = 0
         with part.open("wb") as file:
-            for block in content.blocks(0, content.size):
+            for block in content.all_blocks():
                 file.write(block)
                 position += len(block)
                 report(position)
@@ -86,6 +97,9 @@ class LayoutOutput:
             os.fsync(file.fileno())
         part.replace(self._path(content.digest))
         return content.digest
+
+    def room(self) -> int | None:
+        return shutil.disk_usage(self._folder).free
 
     def finish(self, config: bytes, manifest: bytes) -> None:
         for content in (config, manifest):
@@ -113,18 +127,22 @@ class ArchiveOutput:
         self._part = path.with_name(path.name + ".part")
         self._names: dict[str, str] = {}
         self._archive: tarfile.TarFile | None = None
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def has(self, digest: str) -> bool:
         return digest in self._names
 
     def existing(self) -> Manifest | None:
-        return None
+        return Manifest(b"{}", MANIFEST) if self._path.exists() else None  # what is in it is not looked at
 
     def put(self, content: Content, key: str, report: Report) -> str:
         name = f"{key.removeprefix('sha256:')}.tar"
         self._add(name, content.size, io.BufferedReader(ContentReader(content, report), BLOCK))
         self._names[content.digest] = name
         return content.digest
+
+    def room(self) -> int | None:
+        return shutil.disk_usage(self._path.parent).free
 
     def finish(self, config: bytes, manifest: bytes) -> None:
         layers = [self._names[layer["digest"]] for layer in json.loads(manifest)["layers"]]
@@ -138,7 +156,6 @@ class ArchiveOutput:
 
     def _add(self, name: str, size: int, content: IO[bytes]) -> None:
         if self._archive is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._archive = tarfile.open(self._part, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - until finish
         info = tarfile.TarInfo(name)
         info.size = size

@@ -19,7 +19,7 @@ from container.code_image import TAR, Blob, CodeImage, Source, examine, wanted
 from container.content import PassedError, sha256_of
 from container.digests import Digests
 from container.errors import ImageError
-from container.layers import Layer, LayerContent, StoredModel, fingerprint, plan
+from container.layers import Layer, LayerContent, StoredModel, digest_of_json, fingerprint, plan
 from container.outputs import Output
 from container.registry import MANIFEST, Manifest, Patience, Reference, TransientError
 from container.scan import ancestors, secrets_here
@@ -95,7 +95,8 @@ def read_code(source: Source, layers: Sequence[Layer], digests: Digests) -> Code
     """Examine the code image, unless it has been."""
     protected = ancestors(file.path for layer in layers for file in layer.files)
     own = secrets_here()
-    name = sha256_of(json.dumps([source.fingerprint(), sorted(protected), sorted(own)]).encode())
+    told = [[name, sha256_of(value)] for name, value in sorted(own.items())]
+    name = digest_of_json([source.fingerprint(), sorted(protected), told])
     seen = digests.code(name)
     if seen is not None:
         return CodeImage.from_json(seen)
@@ -131,7 +132,12 @@ def push(
             "There is an image under this name already, with other content: take another tag, or --replace it."
         )
     if not survey.is_there:
+        room, size = output.room(), sum(row.size for row in survey.missing)
+        if room is not None and size > room:
+            raise ImageError(f"The image takes {size / 1e9:.1f} GB, and there is room for {room / 1e9:.1f}: make room.")
         send(survey, output, digests, report)
+        if not replace and output.existing() != survey.existing:
+            raise ImageError("Somebody else has pushed an image of this name meanwhile: take another, or --replace it.")
         output.finish(*compose(survey))
     return compose(survey)
 
@@ -147,7 +153,7 @@ def send(survey: Survey, output: Output, digests: Digests, report: Callable[[Row
 
     def send_layer(row: Row, layer: Layer) -> None:
         before = fingerprint(layer)
-        row.digest = output.put(LayerContent(layer, row.digest), layer.key, partial(tell, row))
+        row.digest = output.put(LayerContent(layer), layer.key, partial(tell, row))
         if fingerprint(layer) != before:
             raise ImageError(f"{row.name} was changed while it was sent: run the same command again.")
         digests.set_layer(before, row.digest)
@@ -159,7 +165,8 @@ def send(survey: Survey, output: Output, digests: Digests, report: Callable[[Row
         while missing := {row.source: row for row in survey.missing if isinstance(row.source, Blob)}:
             try:
                 for blob, content in wanted(survey.source, list(missing)):
-                    output.put(content, blob.digest, partial(tell, missing[blob]))
+                    if output.put(content, blob.digest, partial(tell, missing[blob])) != blob.digest:
+                        raise ImageError(f"{survey.source} was changed while it was sent: run the same command again.")
                     for row in survey.rows:
                         row.there = row.there or row.source == blob
                     patience.progress()
@@ -190,7 +197,8 @@ def compose(survey: Survey) -> tuple[bytes, bytes]:
     config = json.loads(json.dumps(survey.code.config))
     config["rootfs"]["diff_ids"] = [row.digest for row in layers] + config["rootfs"]["diff_ids"]
     epoch = {"created": "1970-01-01T00:00:00Z"}
-    config["history"] = [epoch | {"created_by": f"models: {row.name}"} for row in layers] + config.get("history", [])
+    history = config.get("history") or [{"created_by": "code"} for _ in survey.code.layers]
+    config["history"] = [epoch | {"created_by": f"models: {row.name}"} for row in layers] + history
     labels = config.setdefault("config", {}).get("Labels") or {}
     labels |= {f"{MODEL}.{model.name}": origin(model) for model in survey.models}
     config["config"]["Labels"] = labels

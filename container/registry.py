@@ -35,7 +35,6 @@ MANIFESTS = (
     "application/vnd.docker.distribution.manifest.v2+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
-CONNECTIONS = 16
 TIMEOUT = httpx2.Timeout(30, read=600, write=120)  # seconds; a registry may read a whole layer before it answers PUT
 TOKEN_SECONDS = 60  # a token's life where the server does not say
 TOKENS = 5  # new ones for one request: each may end on its way
@@ -135,16 +134,15 @@ class Patience:
 class Registry:
     """One repository of a registry. May be used by several threads."""
 
-    def __init__(self, reference: Reference) -> None:
-        self.reference = reference
+    def __init__(self, reference: Reference, actions: str = "pull,push") -> None:
+        self.reference, self._actions = reference, actions
         self._base = f"{reference.url}/v2/{reference.repository}"
         self._credentials = find_credentials(reference.host)
         self._token, self._token_ends, self._scheme = "", 0.0, ""
         self._challenge: dict[str, str] = {}
         self._smallest_chunk = 0
         self._authenticating = threading.Lock()
-        limits = httpx2.Limits(max_connections=CONNECTIONS)
-        self._client = httpx2.Client(timeout=TIMEOUT, limits=limits)
+        self._client = httpx2.Client(timeout=TIMEOUT)
 
     def close(self) -> None:
         self._client.close()
@@ -191,7 +189,9 @@ class Registry:
         with self._request("DELETE", self._location(answer)):
             pass
 
-    def upload(self, content: Content, report: Report, begun: str = "", begin: Callable[[str], object] = str) -> str:
+    def upload(
+        self, content: Content, report: Report, begun: str = "", begin: Callable[[str], object] = lambda _: None
+    ) -> str:
         """Send a content, and return its digest.
 
         `begun`: where an earlier process was sending it to; `begin` is told where this one does.
@@ -350,6 +350,8 @@ class Registry:
         asked = {"service": self._challenge.get("service", ""), "scope": self._scope}
         who, patience = self._credentials, Patience(f"a token for {self.reference.host}")
         realm = self._challenge.get("realm", "")
+        if who is not None and self.reference.url.startswith("https:") and not realm.startswith("https:"):
+            raise ImageError(f"{self.reference.host} wants your password sent to {realm!r}, for all to read: do not.")
         while True:
             try:
                 started = time.monotonic()
@@ -375,7 +377,7 @@ class Registry:
 
     @property
     def _scope(self) -> str:
-        return f"repository:{self.reference.repository}:pull,push"
+        return f"repository:{self.reference.repository}:{self._actions}"
 
 
 def received(answer: httpx2.Response, otherwise: int) -> int:

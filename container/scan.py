@@ -1,9 +1,11 @@
 """What no layer of code and no configuration may hold: a secret, or something that hides the models below it.
 
-scan = LayerScan(protected)
-for block in layer:
-    scan.feed(block)
-scan.problems     # one line each; a secret is named, never shown
+    scan = LayerScan(protected, own)
+    for block in layer:
+        scan.feed(block)
+    scan.problems     # one line each
+
+A secret is named, never shown.
 """
 
 import json
@@ -15,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from container.content import BLOCK
+from container.credentials import stored_secrets
 from container.errors import ImageError
 
 WHITEOUT, OPAQUE, AUFS = ".wh.", ".wh..wh..opq", ".wh..wh."
@@ -30,6 +34,7 @@ SECRETS = {  # what it is: what every one of them has in it, and how it looks
     "a GitLab token": (b"glpat-", rb"\bglpat-[A-Za-z0-9_-]{20}\b"),
 }
 PATTERNS = {what: (part, re.compile(pattern)) for what, (part, pattern) in SECRETS.items()}
+GZIP = 31  # zlib's word for it
 LONGEST = 256  # bytes of a secret that may lie across two blocks
 LOGINS = re.compile(
     r"(^|/)(\.netrc|\.git-credentials|\.pypirc|\.docker/config\.json|\.aws/credentials|containers/auth\.json"
@@ -45,11 +50,16 @@ SHORTEST = 12  # characters that a value of this machine's environment must have
 
 def secrets_here(environment: Mapping[str, str] = os.environ) -> dict[str, bytes]:
     """The secrets that this machine could have left in an image: the name of each, and its value."""
-    found = {name: value for name, value in environment.items() if SECRET_NAME.search(name)}
+    found = {
+        name: value
+        for name, value in environment.items()
+        if SECRET_NAME.search(name) and not name.endswith(("_FILE", "_PATH", "_DIR"))
+    }
     home = Path(environment.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     if (home / "token").is_file():
         found[str(home / "token")] = (home / "token").read_text().strip()
-    return {name: value.encode() for name, value in found.items() if len(value) >= SHORTEST and "/" not in value[:2]}
+    found |= stored_secrets()
+    return {name: value.encode() for name, value in found.items() if len(value) >= SHORTEST and value[0] != "/"}
 
 
 def find_secrets(content: bytes, own: Mapping[str, bytes], published: bool = False) -> list[str]:
@@ -100,10 +110,18 @@ class LayerScan:
             self._started = True
             start = bytes(block[:4])
             if start[:2] == b"\x1f\x8b":
-                self._inflate = zlib.decompressobj(31)
+                self._inflate = zlib.decompressobj(GZIP)
             elif start == b"\x28\xb5\x2f\xfd":
                 raise ImageError("The code image has zstd layers, which cannot be looked into: save it with gzip.")
-        self._read(memoryview(self._inflate.decompress(block)) if self._inflate else block)
+        if self._inflate is None:
+            self._read(block)
+            return
+        rest = bytes(block)
+        while rest:  # a little at a time, whatever it grows to, and one gzip stream after the other
+            self._read(memoryview(self._inflate.decompress(rest, BLOCK)))
+            rest = self._inflate.unconsumed_tail
+            if self._inflate.eof:
+                rest, self._inflate = self._inflate.unused_data, zlib.decompressobj(GZIP)
 
     def _read(self, block: memoryview) -> None:
         while block:
@@ -148,7 +166,8 @@ class LayerScan:
             if not self._left:
                 self._named |= named_by(self._kind, bytes(self._told))
             return
-        for what in find_secrets(self._tail + part, self._own, PACKAGES in f"/{self._name}"):
+        part = self._tail + part
+        for what in find_secrets(part, self._own, PACKAGES in f"/{self._name}"):
             problem = f"/{self._name} has {what} in it"
             if problem not in self.problems:
                 self.problems.append(problem)

@@ -43,6 +43,8 @@ Report = Callable[[str, int], object]
 class BlobContent(Content):
     """A layer in the registry, as it is read."""
 
+    chunk = 2**62  # one request reads it to its end
+
     def __init__(self, registry: Registry, layer: dict[str, Any]) -> None:
         super().__init__(int(layer["size"]))
         self._registry, self._address = registry, str(layer["digest"])
@@ -150,9 +152,7 @@ def compare_with_store(
         name = fingerprint(planned)
         digest = digests.layer(name)
         if digest is None:
-            content = LayerContent(planned)
-            content.read()
-            digest = content.digest
+            digest = LayerContent(planned).digest
             digests.set_layer(name, digest)
         layer = there.pop(digest, None)
         if layer is None:
@@ -220,7 +220,7 @@ def scan(
 ) -> list[str]:
     """What a layer of code must not hold."""
     content, found, position = BlobContent(registry, layer), LayerScan(protected, own), 0
-    for block in content.blocks(0, content.size):
+    for block in content.all_blocks():
         found.feed(block)
         position += len(block)
         report(layer["digest"], position)

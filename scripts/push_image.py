@@ -39,7 +39,7 @@ from container.digests import Digests
 from container.errors import ImageError
 from container.layers import Layer, read_store
 from container.outputs import RegistryOutput, open_output
-from container.push import Row, Survey, check_limits, push, survey_image
+from container.push import LIMITS, Row, Survey, check_limits, push, survey_image
 
 console = Console()
 OVERHEAD = 1.02  # of what goes over the wire: TLS, TCP and HTTP
@@ -58,6 +58,9 @@ def show(survey: Survey, bandwidth: float) -> None:
         f"{len(survey.rows)} layers, {decimal(size)}: {decimal(size - missing)} there already, {decimal(missing)} to "
         f"send, {duration(seconds(missing, bandwidth))} at {bandwidth:g} Mbit/s"
     )
+    most, reason = LIMITS["ghcr.io"]
+    if large := [row.name for row in survey.rows if row.size > most]:
+        say(f"{reason}, and Docker Hub takes them: {', '.join(large)}")
 
 
 def seconds(size: int, bandwidth: float) -> float:
@@ -116,6 +119,9 @@ def push_image(options: argparse.Namespace) -> None:
         check_limits(output.registry.reference, survey.rows)
     if options.dry_run:
         show(survey, options.bandwidth)
+        if isinstance(output, RegistryOutput):
+            output.registry.check_push()
+            say(f"You may push to {output.registry.reference}.")
         return
     bars = Bars(survey)
     with bars.progress:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder
 from container.digests import Digests
 from container.errors import ImageError
 from container.layers import StoredModel, read_store
+from container.push import KEY
 from container.registry import Reference, Registry
 from container.verify import find_manifest, verify
 
@@ -38,15 +39,20 @@ def stored_models() -> list[StoredModel] | None:
 
 
 def verify_image(options: argparse.Namespace) -> list[str]:
-    registry = Registry(Reference.parse(options.image))
+    registry = Registry(Reference.parse(options.image), "pull")
     models = None if options.read else stored_models()
     manifest = find_manifest(registry)
     size = sum(layer["size"] for layer in manifest["layers"])
+    code = sum(layer["size"] for layer in manifest["layers"] if KEY not in (layer.get("annotations") or {}))
     where = "read from the registry" if models is None else "compared with this machine's store"
     say(f"{registry.reference}: {len(manifest['layers'])} layers, {decimal(size)}; the models are {where}")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console) as progress:
-        task, read, lock = progress.add_task("Reading", total=None), dict[str, int](), threading.Lock()
+        task, read, lock = (
+            progress.add_task("Reading", total=size if models is None else code),
+            dict[str, int](),
+            threading.Lock(),
+        )
 
         def report(digest: str, position: int) -> None:
             with lock:

@@ -51,3 +51,13 @@ def test_the_model_knows_nothing_of_the_service() -> None:
         tree = ast.walk(ast.parse(file.read_text()))
         roots = {str(node.module).split(".")[0] for node in tree if isinstance(node, ast.ImportFrom)}
         assert not roots & outside, f"{name} imports {roots & outside}"
+
+
+def test_the_image_is_pushed_and_verified_without_the_model_and_the_service() -> None:
+    """container/ reads the locks as files."""
+    outside = {"torch", "diffusers", "transformers", "fastapi", "sqlalchemy", "grpc", "av", "boto3"}
+    for name, file in modules("container").items():
+        tree = list(ast.walk(ast.parse(file.read_text())))
+        roots = {str(node.module).split(".")[0] for node in tree if isinstance(node, ast.ImportFrom)}
+        roots |= {alias.name.split(".")[0] for node in tree if isinstance(node, ast.Import) for alias in node.names}
+        assert not roots & outside, f"{name} imports {roots & outside}"

@@ -1,5 +1,6 @@
 """push_image.py, from a store of small models to a registry on loopback: what arrives, is sent, and is refused."""
 
+import gzip
 import io
 import json
 import os
@@ -112,9 +113,11 @@ def test_an_image_arrives_whole_with_the_models_at_the_bottom(host: str, code: s
 
 def test_skopeo_accepts_it_from_a_registry_a_layout_and_an_archive(host: str, code: str, tmp_path: Path) -> None:
     layout, archive = f"oci:{tmp_path}/layout", f"docker-archive:{tmp_path}/image.tar"
+    newer = write_code_image(tmp_path / "newer.tar", [BASE, source_layer(b"print(2)")])
     digests: list[list[str]] = []
     for target in (f"{host}/me/avatar:v1", layout, archive):
         assert main([code, target]) == 0
+        assert main([newer, target]) == 2  # there is another image
         name = target if ":/" in target else f"docker://{target}"
         copy = ["/usr/bin/skopeo", "copy", "--src-tls-verify=false", name, f"dir:{tmp_path}/copy-{len(digests)}"]
         subprocess.run(copy, check=True, capture_output=True)
@@ -202,6 +205,7 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(
     assert "6 layers" in said
     assert "0 bytes there already" in said
     assert "0:00:5" in said  # 0.7 MB at 0.1 Mbit/s
+    assert "You may push to" in said
     assert main([code, f"{host}/me/avatar:v1"]) == 0
     capsys.readouterr()
     assert main([code, f"{host}/me/avatar:v1", "--dry-run"]) == 0
@@ -285,6 +289,34 @@ def test_a_configuration_with_a_secret_or_of_another_machine_is_refused(
     assert main([code, f"{host}/me/avatar:v1"]) == 2
     assert complaint in capsys.readouterr().err
     assert manifest_of(host, "me/avatar:v1") is None
+
+
+def test_a_secret_behind_the_first_of_several_gzip_streams_is_found(
+    host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = tar_of({"zeros": bytes(10_000_000), "app/.env": TOKEN})  # grows a thousand times as it is read
+    compressed = gzip.compress(layer[:5_000_000]) + gzip.compress(layer[5_000_000:])
+    diff_ids = {"rootfs": {"diff_ids": [f"sha256:{sha256(layer).hexdigest()}"]}}
+    code = write_code_image(tmp_path / "bad.tar", [compressed], diff_ids)
+    assert main([code, f"{host}/me/avatar:v1"]) == 2
+    assert "/app/.env has a Hugging Face token in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failing", ["save", "image"])
+def test_what_the_engine_says_when_it_has_no_image_or_breaks_off_is_told(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: str
+) -> None:
+    for engine in ("podman", "docker"):
+        program = tmp_path / engine
+        program.write_text(
+            f'#!/bin/sh\ntest $1 != {failing} || {{ echo "broken: storage" >&2; exit 125; }}; echo abc\n'
+        )
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["avatar-api:latest", f"{host}/me/avatar:v1"]) == 2
+    said = capsys.readouterr().err
+    assert "broken: storage" in said
+    assert ("podman save" if failing == "save" else "build it with scripts/build_image.py") in said
 
 
 def test_a_secret_of_this_machine_is_found_whatever_it_looks_like(
