@@ -172,6 +172,13 @@ def test_a_model_file_that_is_cut_off_stops_it_and_is_named(engine: Engine, pull
     assert said.startswith(f"error: {cut} has 99 bytes instead of ")
 
 
+def test_a_model_file_that_cannot_be_read_stops_it_and_is_named(engine: Engine, pulled: str) -> None:
+    shut = model_file(engine, pulled, "Wan2.1_VAE.pth")
+    command = ("-c", f"chmod 0 {shut} && exec /home/bentoml/bento/env/docker/entrypoint.sh")
+    said = engine.refused(pulled, "--entrypoint", "bash", command=command)
+    assert said.startswith(f"error: {shut} cannot be read by uid 1034: chmod -R a+rX the mounted store.")
+
+
 def test_full_verification_finds_a_changed_byte(engine: Engine, pulled: str) -> None:
     damaged = model_file(engine, pulled, "Wan2.1_VAE.pth")
     change = f"printf x | dd of={damaged} bs=1 seek=5000 conv=notrunc status=none"
