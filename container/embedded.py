@@ -104,6 +104,8 @@ def _fault(file: tuple[Path, dict[str, Any]], contents: bool) -> str:
     path, entry = file
     if not path.is_file():
         return f"{path} is missing."
+    if not os.access(path, os.R_OK):
+        return f"{path} cannot be read by uid {os.getuid()}: chmod -R a+rX the mounted store."
     if (size := path.stat().st_size) != entry["size"]:
         return f"{path} has {size} bytes instead of {entry['size']}."
     if contents:

@@ -11,9 +11,11 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.image.engine import Container, Engine, serving
 from tests.image.registries import registry
+from tests.small_hub import SmallHub
 
 TOKEN = "hf_" + "PlantedForTheTest" * 2  # looks like Hugging Face's: 34 characters
-CODE, PLAIN, RUNTIME = "localhost/avatar-test-code", "localhost/avatar-test-plain", "localhost/avatar-test-runtime"
+CODE, PLAIN = "localhost/avatar-test-code", "localhost/avatar-test-plain"
+REPOSITORIES = ("Wan-AI/Wan2.1-I2V-14B-480P", "TencentGameMate/chinese-wav2vec2-base", "MeiGen-AI/InfiniteTalk")
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,21 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def import_models(engine: Engine, snapshots: Path, home: Path, profile: str) -> None:
+    """From a hub on this machine: the commits are the models' versions, whatever the profile takes of them."""
+    hub = SmallHub()
+    for repository in REPOSITORIES:
+        hub.add(repository, snapshots / repository.rpartition("/")[2])
+    with hub.running():
+        given = {"BENTOML_HOME": str(home), "HF_ENDPOINT": hub.url}
+        engine.run("python", "models/import_models.py", "--profile", profile, variables=given)
+
+
 @pytest.fixture(scope="session")
 def store(snapshots: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BENTOML_HOME with the three models."""
     home = tmp_path_factory.mktemp("store")
-    engine.run("python", "models/import_models.py", "--source", snapshots, variables={"BENTOML_HOME": str(home)})
+    import_models(engine, snapshots, home, "full")
     return home
 
 

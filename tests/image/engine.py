@@ -156,7 +156,7 @@ class Container:
     def wait_for(self, said: str, times: int = 1) -> None:
         deadline = time.monotonic() + START_SECONDS
         while self.log.count(said) < times:
-            assert self.process.poll() is None, self.log
+            assert self.process.poll() is None and "[CRITICAL]" not in self.log, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.2)
 
