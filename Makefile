@@ -59,6 +59,7 @@ proof: .venv/installed
 	$(BIN)/python -m benchmarks.mutations
 	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.day
+	$(BIN)/python -m benchmarks.runpod_queue
 
 # The generated code is checked in, so that nobody but who changes a .proto needs the compiler.
 protos: .venv/installed

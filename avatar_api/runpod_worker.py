@@ -282,7 +282,7 @@ def _report(happened: Happening) -> dict[str, Any]:
 
 
 def _error(error: dict[str, Any]) -> dict[str, Any]:
-    return {"error": json.dumps(error, ensure_ascii=False)}
+    return {"error": json.dumps(error)}  # in ASCII: a caller's text may hold what no encoding has
 
 
 def _base64(content: bytes) -> str:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
+import psutil  # type: ignore[import-untyped]
+
 from scripts.start import settings_for
 
 REPOSITORY = Path(__file__).parent.parent
@@ -62,6 +64,7 @@ class JobApi(ThreadingHTTPServer):
         self.unauthorized = 0
         self._waiting: deque[str] = deque()
         self._to_stop: list[str] = []
+        self._connections = 0
         self._changed = threading.Condition()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -102,10 +105,24 @@ class JobApi(ThreadingHTTPServer):
     def lost(self) -> list[str]:
         """The worker is dead: what it has not answered is given again."""
         with self._changed:
+            self._changed.wait_for(lambda: not self._connections, PATIENCE)  # its last words have been heard
             again = [job.id for job in self.jobs.values() if not job.answers and job.id not in self._waiting]
             self._waiting.extend(again)
             self._changed.notify_all()
         return again
+
+    def process_request_thread(self, *arguments: Any) -> None:
+        with self._changed:
+            self._connections += 1
+        try:
+            super().process_request_thread(*arguments)
+        finally:
+            with self._changed:
+                self._connections -= 1
+                self._changed.notify_all()
+
+    def handle_error(self, *_: Any) -> None:
+        """A worker that was killed in the middle of a sentence."""
 
     def take(self) -> dict[str, Any] | None:
         with self._changed:
@@ -198,9 +215,12 @@ class Worker:
             )
 
     def kill(self) -> None:
-        """-9."""
+        """-9; and to what it leaves behind, which in a container would die with it."""
+        pinging = psutil.Process(self.process.pid).children() if self.process.poll() is None else []
         self.process.kill()
         self.process.wait()
+        for process in pinging:
+            process.kill()
 
     def drain(self) -> int:
         """SIGTERM, and what it ends with."""

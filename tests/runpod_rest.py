@@ -37,7 +37,7 @@ class RestApi(ThreadingHTTPServer):
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         kind = "templates" if path.startswith("/v2/templates") else "endpoints"
-        things, (_, _, _, *rest) = self.things[kind], path.split("/")
+        things, rest = self.things[kind], path.split("/")[3:]
         if rest and rest[0] not in things:
             return 404, {"title": "Not Found", "status": 404, "detail": f"{kind} not found"}
         if rest[1:] == ["workers"]:
@@ -55,7 +55,7 @@ class RestApi(ThreadingHTTPServer):
 
     def made(self, kind: str, thing_id: str, wanted: dict[str, Any]) -> dict[str, Any]:
         if kind == "templates":
-            rest = {"args": "", "mounts": {}, "registry": None, "public": False, "category": "NVIDIA"}
+            rest: dict[str, Any] = {"args": "", "mounts": {}, "registry": None, "public": False, "category": "NVIDIA"}
             return {**rest, "allowedCudaVersions": [], **wanted, "id": thing_id}
         urls = self.document["components"]["schemas"]["QueueBasedRequestUrls"]["required"]
         made = {"networkVolumes": [], **wanted, "id": thing_id, "createdAt": WHEN}

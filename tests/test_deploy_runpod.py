@@ -132,7 +132,7 @@ def test_an_image_is_named_by_its_digest(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_secrets_are_only_named(tmp_path: Path) -> None:
     wanted = deploy_runpod.read(write(tmp_path / "runpod.toml", BUCKET))
-    assert template(wanted)["env"]["AWS_SECRET_ACCESS_KEY"] == "{{ RUNPOD_SECRET_s3_secret }}"
+    assert "{{ RUNPOD_SECRET_s3_secret }}" in template(wanted)["env"].values()
 
 
 def test_a_job_may_run_for_as_long_as_its_video_takes_on_the_slowest_gpu(tmp_path: Path) -> None:

@@ -257,6 +257,11 @@ class TestMetrics:
         assert seconds >= (observed.value("avatar_clip_seconds_sum") or 0) > 0
         assert observed.value("avatar_request_errors_total", code="invalid_api_key") == 4
 
+    def test_each_part_of_the_start_is_told_up_to_the_first_video(self, observed: Observed) -> None:
+        parts = ("transformer", "vae", "text_encoder", "image_encoder", "speech_encoder", "first_step", "first_video")
+        took = [observed.value("avatar_start_seconds", part=part) for part in parts]
+        assert all(seconds is not None and seconds > 0 for seconds in took), took
+
     def test_videos_are_counted_by_how_they_ended_and_failures_by_code(self, observed: Observed) -> None:
         assert observed.value("avatar_videos_total", state="completed") == 1
         assert observed.value("avatar_videos_total", state="failed") == 1

@@ -1,5 +1,6 @@
 """What a runner waits for, what ends a job, and that nothing finished is lost meanwhile."""
 
+import os
 import shutil
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from avatar_api import worker
 from avatar_api.inputs import lay_down
@@ -176,3 +178,27 @@ def test_a_video_of_nan_fails_at_once(tmp_path: Path) -> None:
     assert job.error is not None
     assert job.error["code"] == "not_a_number"
     assert "clip 2 of 3 came out as NaN" in job.error["message"]
+
+
+def test_a_gpu_that_failed_ends_the_process_and_the_job_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poisoned(StandIn):
+        def generate(self, *arguments: Any, **options: Any) -> Iterator[Clip]:
+            yield next(super().generate(*arguments, **options))
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def ended(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", ended)
+    machine = Machine(tmp_path / "home", JobSettings(backoff=0))
+    machine.submit("one")
+    with pytest.raises(SystemExit) as exit:
+        machine.run(Poisoned())
+    assert exit.value.code == worker.GPU_FAILED_EXIT
+    job = machine.store.get("one")
+    assert (job.state, job.error) == ("queued", worker.GPU_FAILED)
+    machine.run()
+    assert machine.store.get("one").state == "completed"
+    assert machine.clips_begun("one") == [1, 2], "the first clip was finished"

@@ -1,0 +1,19 @@
+"""RunPod's queue gets an answer to every job, once, whoever is killed and whatever is sent; at full length in
+benchmarks/runpod_queue.py."""
+
+from pathlib import Path
+
+from benchmarks import runpod_queue
+
+
+def test_every_job_is_answered_once_and_right_whoever_is_killed(tmp_path: Path) -> None:
+    figures = runpod_queue.under_kills(tmp_path, jobs=7, kills=9, seed=1)
+    assert figures.wrong == []
+    assert (figures.right_videos, figures.errors_of_callers) == (6, 1)
+
+
+def test_nonsense_is_answered_with_the_callers_error(tmp_path: Path) -> None:
+    figures = runpod_queue.nonsense(tmp_path, range(20))
+    assert figures.wrong == []
+    assert figures.right_videos + figures.errors_of_callers == 20
+    assert figures.errors_of_callers > 10
