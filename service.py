@@ -54,7 +54,7 @@ GRACE_SECONDS = 20.0  # after SIGTERM: what a clip may take before its job goes 
 
 
 def _text(value: Any) -> str:
-    """BentoML reads a form's texts as JSON where they are: a prompt of 42 arrives as a number. A file arrives as bytes."""
+    """BentoML reads a form's texts as JSON where they are: a prompt of 42 arrives as a number, and a file as bytes."""
     if isinstance(value, bytes):
         raise PydanticCustomError("file", "it is a file; send text")
     return value if isinstance(value, str) else json.dumps(value)

@@ -85,8 +85,7 @@ def test_a_form_that_cannot_be_read_is_refused_with_the_reason(served: Served) -
 
 
 def test_a_file_where_a_text_belongs_is_refused_by_name(served: Served) -> None:
-    picture = ("prompt.png", b"\x89PNG\xff\xfe", "image/png")
-    answer = httpx.post(served.url + "/generate", files={"prompt": picture, "image": b"x"})
+    answer = httpx.post(served.url + "/generate", files={"prompt": ("prompt.txt", b"A man talks."), "image": b"x"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"] == "prompt: it is a file; send text."
 
