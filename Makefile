@@ -34,8 +34,11 @@ serve: .venv/installed $(MODELS)
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The image built, pushed, pulled and run. Needs root, and Debian's container tools (docs/BUILDING.md).
+# The image built, pushed, pulled and run. Needs root, and Debian for the container tools, which it installs.
+CONTAINER_TOOLS = podman buildah skopeo runc debootstrap docker-registry
 test-image: .venv/installed
+	for tool in $(CONTAINER_TOOLS); do command -v $$tool > /dev/null || missing=yes; done; test -z "$$missing" || \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CONTAINER_TOOLS))
 	$(BIN)/python -m pytest tests/image
 
 lint: .venv/installed
