@@ -30,7 +30,14 @@ from avatar_api.auth import Authenticated, Keys, client_of
 from avatar_api.database import OUTAGES
 from avatar_api.grpc_server import GrpcServer
 from avatar_api.housekeeping import Housekeeper
-from avatar_api.http import OneErrorShape, SecurityHeaders, adapt_forms, count_by_route, create_app
+from avatar_api.http import (
+    OneErrorShape,
+    SecurityHeaders,
+    adapt_forms,
+    count_by_route,
+    create_app,
+    end_with_the_answer,
+)
 from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, FINISHED, STATES, Job, JobStore, runner_name
 from avatar_api.requests import DEFAULTS
@@ -46,7 +53,6 @@ from infinitetalk.errors import CheckpointError, InputError, RankError
 logger = logging.getLogger("avatar_api")
 logs.set_up(ServiceSettings().log_format)
 
-LONGEST_CALL = 7 * 24 * 3600  # seconds until the first byte: a call of generate() waits for its video
 POLL_SECONDS = 0.1  # how often such a call looks for its video, and whether its caller is still there
 SCRAPE_SECONDS = 5.0  # how long Prometheus, who waits for ten, waits for the database
 RUNNER_SECONDS = 3.0  # how long health waits for the runner, who answers at once where there is one
@@ -152,7 +158,7 @@ async def _ready() -> bool:
 router = create_router(_api)
 
 
-@bentoml.service(name="avatar_api", traffic={"timeout": LONGEST_CALL}, image=image.define())
+@bentoml.service(name="avatar_api", image=image.define())
 @bentoml.asgi_app(create_app(_ready, [router], REFUSABLE, refuse), path="/")
 class AvatarApi:
     """What callers talk to."""
@@ -276,6 +282,7 @@ class AvatarApi:
         return await asyncio.to_thread(videos.content, job, "video", False)
 
 
+end_with_the_answer()
 adapt_forms(ServiceSettings().max_upload_bytes)
 count_by_route(["/ping", "/livez", "/readyz", *(str(getattr(route, "path", "")) for route in router.routes)])
 AvatarApi.add_asgi_middleware(SecurityHeaders)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from typing import Any
 from _bentoml_impl.serde import MultipartSerde
 from bentoml._internal.context import server_context
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from bentoml.exceptions import InvalidArgument
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -131,6 +132,19 @@ def adapt_forms(max_part_bytes: int) -> None:
     MultipartSerde.ensure_file = staticmethod(only_files)
     MultipartSerde.parse_request = parse
     Request.form = form  # type: ignore[method-assign, assignment]
+
+
+def end_with_the_answer() -> None:
+    """Mend BentoML's limit on the time until an answer; call it once, before serving.
+
+    For each request it sets a timer, and never stops it: until the limit, which for a call that waits for its video is
+    days, the timer holds all that the request held. And a request that fails without an answer would wait as long.
+    """
+
+    async def answer(limit: TimeoutMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        await limit.app(scope, receive, send)
+
+    TimeoutMiddleware.__call__ = answer  # type: ignore[method-assign, assignment]
 
 
 def count_by_route(paths: Iterable[str]) -> None:

@@ -1,5 +1,7 @@
 """What holds whatever happens: kills, nonsense, crowds and large files. benchmarks/ has the same at full length."""
 
+import asyncio
+import gc
 import json
 import re
 import subprocess
@@ -9,9 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from benchmarks import clients, kills, mutations
 from tests.databases import (  # noqa: F401 - for pytest to find
@@ -71,6 +76,25 @@ def test_while_the_runner_is_away_the_models_are_loading(tmp_path: Path) -> None
             answers.append(httpx.get(running.url + "/ping", timeout=10).status_code)
             time.sleep(0.1)
         assert set(answers) <= {200, 204}
+
+
+def test_a_request_leaves_no_timer_behind_and_one_that_fails_ends_at_once() -> None:
+    import service  # noqa: F401 - mends BentoML's middleware
+
+    async def answers(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    async def fails(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise ValueError
+
+    async def ask(app: ASGIApp) -> int:
+        async with asyncio.timeout(10):
+            await TimeoutMiddleware(app, 3600)({"type": "http"}, AsyncMock(), AsyncMock())
+        return sum(isinstance(found, asyncio.TimerHandle) and not found.cancelled() for found in gc.get_objects())
+
+    assert asyncio.run(ask(answers)) == 0
+    with pytest.raises(ValueError):
+        asyncio.run(ask(fails))
 
 
 def test_a_form_that_cannot_be_read_is_refused_with_the_reason(served: Served) -> None:
