@@ -111,8 +111,10 @@ def errors(
 
 
 def narrowed(given: Any) -> tuple[Any, ...]:
-    """As bfloat16; the tables of the rotary embedding, a tuple among what a module is given, stay as they are."""
-    return tuple(value.bfloat16() if isinstance(value, Tensor) else value for value in given)
+    """As bfloat16; the rotary embedding, which is complex, stays as it is."""
+    return tuple(
+        value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value for value in given
+    )
 
 
 def difference(output: Tensor, expected: Tensor) -> tuple[float, float]:

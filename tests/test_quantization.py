@@ -89,11 +89,11 @@ def test_a_wide_block_is_off_by_a_few_percent(kind: Quantization, dtype: torch.d
     torch.manual_seed(0)
     block = InfiniteTalkBlock(512, 1408, 4, 1e-6, 512, 256, ["single"])
     given = (torch.randn(1, 64, 512), torch.randn(1, 257 + 512, 512), torch.randn(1, 6, 512))
-    angles = torch.randn(1, 64, 1, 64).repeat_interleave(2, dim=3)
+    rotations = torch.polar(torch.ones(64, 1, 64), torch.randn(64, 1, 64))
 
     def run(block: nn.Module, dtype: torch.dtype) -> Tensor:
         hidden, context, modulation = given
-        output: Tensor = block(hidden.to(dtype), context.to(dtype), modulation, (angles.cos(), angles.sin()))
+        output: Tensor = block(hidden.to(dtype), context.to(dtype), modulation, rotations)
         return output
 
     exact = run(block, torch.float32)
