@@ -258,7 +258,7 @@ class InfiniteTalkTransformer3DModel(WanTransformer3DModel):
         batch, _, frames, height, width = hidden_states.shape
         embedder = self.condition_embedder
         cosines, sines = (table[0, :, :, ::2] for table in self.rope(hidden_states))  # each is there twice
-        rotations = torch.complex(cosines, sines)
+        rotations = torch.complex(cosines.float(), sines.float())
         voices = None if audio is None else self._voices(audio, branch, regions)
         tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
