@@ -373,7 +373,7 @@ def test_the_bento_builds_with_what_serving_needs_and_nothing_else(bento_home: P
     tag = build.stdout.strip().rpartition("__tag__:")[2]
     source = bento_home / "bentos" / tag.replace(":", "/") / "src"
     assert {path.name for path in source.iterdir()} == {
-        *("service.py", "avatar_api", "infinitetalk", "models", "scripts", "examples"),
+        *("service.py", "avatar_api", "container", "infinitetalk", "models", "scripts", "examples"),
         *("bentofile.yaml", "configuration.yaml", "pyproject.toml", "README.md", "LICENSE"),
     }
     manifest = (source.parent / "bento.yaml").read_text()
