@@ -137,8 +137,8 @@ def adapt_forms(max_part_bytes: int) -> None:
 def end_with_the_answer() -> None:
     """Mend BentoML's limit on the time until an answer; call it once, before serving.
 
-    For each request it sets a timer, and never stops it: until the limit, which for a call that waits for its video is
-    days, the timer holds all that the request held. And a request that fails without an answer would wait as long.
+    For each request it sets a timer, and never stops it: until the limit, the timer holds all that the request held,
+    and a request that fails without an answer waits as long. Calls that wait for a video would need a limit of days.
     """
 
     async def answer(limit: TimeoutMiddleware, scope: Scope, receive: Receive, send: Send) -> None:

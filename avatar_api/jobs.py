@@ -196,10 +196,10 @@ class JobStore:
     ) -> Job:
         """Put a job in the queue; the same `key` of a client, or `job_id`, again returns the job that is there.
 
-        So `spec` must be equal for equal requests: it holds nothing that is new each time, such as the id.
-        Raises
-        IdempotencyError when it is not, QueueFullError, ValueError for what JSON cannot hold. made_elsewhere: what
-        another database knew of the first clips; the job goes on after them.
+        So `spec` must be equal for equal requests: it holds nothing that is new each time, such as the id. Raises
+        IdempotencyError when it is not, QueueFullError, ValueError for what JSON cannot hold.
+
+        made_elsewhere: what another database knew of the first clips; the job goes on after them.
         """
         spec = json.loads(json.dumps(spec, allow_nan=False))
         job_id = job_id or f"video_{secrets.token_hex(16)}"

@@ -104,8 +104,13 @@ class JobApi(ThreadingHTTPServer):
 
     def lost(self) -> list[str]:
         """The worker is dead: what it has not answered is given again."""
+        with self._changed:  # its last words have been heard
+            assert self._changed.wait_for(lambda: not self._connections, PATIENCE), "the worker is alive"
+        return self.retry()
+
+    def retry(self) -> list[str]:
+        """What has not been answered is given again."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._connections, PATIENCE)  # its last words have been heard
             again = [job.id for job in self.jobs.values() if not job.answers and job.id not in self._waiting]
             self._waiting.extend(again)
             self._changed.notify_all()

@@ -192,7 +192,7 @@ def test_a_job_that_is_stopped_stops_within_a_step(api: JobApi, worker: Worker, 
     eventually(lambda: store.get(local_id(job.id)).state == "cancelled")
     assert api.answer("after-u1", wanted(1)).output["frames"], "the worker goes on"
     assert job.answers == [], "RunPod knows"
-    api.lost()  # somebody asks RunPod to try it again
+    api.retry()  # somebody asks RunPod to try it again
     eventually(lambda: job.answers)
     assert job.output["frames"] == CLIPS * FRAMES - 3
 
