@@ -22,30 +22,25 @@ from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
 from bentoml.validators import ContentType, FileSchema
 from fastapi.responses import Response
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from avatar_api import grpc_server, logs, metrics, runpod_balanced
 from avatar_api.auth import Authenticated, Keys, client_of
+from avatar_api.bentoml_patches import adapt_forms, count_by_route, end_with_the_answer
 from avatar_api.database import OUTAGES
 from avatar_api.grpc_server import GrpcServer
 from avatar_api.housekeeping import Housekeeper
-from avatar_api.http import (
-    OneErrorShape,
-    SecurityHeaders,
-    adapt_forms,
-    count_by_route,
-    create_app,
-    end_with_the_answer,
-)
+from avatar_api.http import OneErrorShape, SecurityHeaders, create_app, refuse
 from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, FINISHED, STATES, Job, JobStore, runner_name
-from avatar_api.requests import DEFAULTS
-from avatar_api.routes import answer, create_router, refuse
+from avatar_api.refusals import REFUSABLE, failure, refusal
+from avatar_api.requests import DEFAULTS, VideoRequest
+from avatar_api.routes import create_router
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import open_storage
-from avatar_api.videos import REFUSABLE, Videos, describe, failure
+from avatar_api.videos import POLL_SECONDS, Videos, describe
 from avatar_api.webhooks import Webhooks
 from container import image
 from infinitetalk.errors import CheckpointError, InputError, RankError
@@ -53,7 +48,6 @@ from infinitetalk.errors import CheckpointError, InputError, RankError
 logger = logging.getLogger("avatar_api")
 logs.set_up(ServiceSettings().log_format)
 
-POLL_SECONDS = 0.1  # how often such a call looks for its video, and whether its caller is still there
 SCRAPE_SECONDS = 5.0  # how long Prometheus, who waits for ten, waits for the database
 RUNNER_SECONDS = 3.0  # how long health waits for the runner, who answers at once where there is one
 GRACE_SECONDS = 20.0  # after SIGTERM: what a clip may take before its job goes back to the queue, and a gRPC call
@@ -67,9 +61,14 @@ def _text(value: Any) -> str:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
-
-
 OptionalFile = Annotated[Path | None, FileSchema()]  # BentoML takes a bare `Path | None` for no file
+
+
+def _as_in_v1(name: str) -> Any:
+    """A parameter's description, and in it the range, which `VideoRequest` judges for all interfaces."""
+    known = VideoRequest.model_json_schema()["properties"][name]
+    bounds = {key: known[key] for key in ("minimum", "maximum", "maxLength") if key in known}
+    return Field(description=known["description"], json_schema_extra=bounds)
 
 
 class ImportedModel(BentoModel):
@@ -112,12 +111,8 @@ class AvatarRunner:
         settings = ServiceSettings()
         settings.home.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        models: list[Any] = [
-            self.wan,
-            self.infinitetalk,
-            self.wav2vec2,
-        ]  # stored models, once BentoML has resolved them
-        wan, infinitetalk, wav2vec2 = (Path(model.path) for model in models)
+        stored: list[Any] = [self.wan, self.infinitetalk, self.wav2vec2]  # which is what BentoML makes of them
+        wan, infinitetalk, wav2vec2 = (Path(model.path) for model in stored)
         load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
         try:
             pipeline = load_models(settings.memory)
@@ -159,7 +154,7 @@ router = create_router(_api)
 
 
 @bentoml.service(name="avatar_api", image=image.define())
-@bentoml.asgi_app(create_app(_ready, [router], REFUSABLE, refuse), path="/")
+@bentoml.asgi_app(create_app(_ready, [router]), path="/")
 class AvatarApi:
     """What callers talk to."""
 
@@ -227,20 +222,20 @@ class AvatarApi:
     async def generate(
         self,
         ctx: bentoml.Context,
-        image: Path,
-        audio: OptionalFile = None,
-        audio_2: OptionalFile = None,
-        prompt: Text = "",
-        size: Text = DEFAULTS.size,
-        steps: int = DEFAULTS.steps,
-        seed: int = DEFAULTS.seed,
-        text_guidance: float = DEFAULTS.text_guidance,
-        audio_guidance: float = DEFAULTS.audio_guidance,
-        shift: float | None = None,
-        color_correction: float = DEFAULTS.color_correction,
-        max_seconds: float | None = None,
-        speakers: Text = "",
-        scene_cuts: bool = False,
+        image: Annotated[Path, Field(description="The picture that talks, or the video to be dubbed.")],
+        audio: Annotated[OptionalFile, Field(description="The voice; required for a picture.")] = None,
+        audio_2: Annotated[OptionalFile, Field(description="The voice of a second speaker.")] = None,
+        prompt: Annotated[Text, _as_in_v1("prompt")] = "",
+        size: Annotated[Text, _as_in_v1("size")] = DEFAULTS.size,
+        steps: Annotated[int, _as_in_v1("steps")] = DEFAULTS.steps,
+        seed: Annotated[int, _as_in_v1("seed")] = DEFAULTS.seed,
+        text_guidance: Annotated[float, _as_in_v1("text_guidance")] = DEFAULTS.text_guidance,
+        audio_guidance: Annotated[float, _as_in_v1("audio_guidance")] = DEFAULTS.audio_guidance,
+        shift: Annotated[float | None, _as_in_v1("shift")] = None,
+        color_correction: Annotated[float, _as_in_v1("color_correction")] = DEFAULTS.color_correction,
+        max_seconds: Annotated[float | None, _as_in_v1("max_seconds")] = None,
+        speakers: Annotated[Text, _as_in_v1("speakers")] = "",
+        scene_cuts: Annotated[bool, _as_in_v1("scene_cuts")] = False,
     ) -> Annotated[Path, ContentType("video/mp4")]:
         """A picture or a video and a voice, or two, become a talking video (mp4). The answer comes when it is there.
 
@@ -265,7 +260,7 @@ class AvatarApi:
         try:
             job = await asyncio.to_thread(videos.create, values, files, None, "image")
         except REFUSABLE as error:
-            return _refused(ctx, refuse(error))
+            return _refused(ctx, refuse(refusal(error)))
         answer_by = time.monotonic() + runpod_balanced.LONGEST_ANSWER
         while job.state not in FINISHED:
             if time.monotonic() > answer_by:
@@ -278,7 +273,7 @@ class AvatarApi:
             await asyncio.sleep(POLL_SECONDS)
             job = await asyncio.to_thread(self.store.get, job.id)
         if job.state != COMPLETED:
-            return _refused(ctx, answer(failure(job)))
+            return _refused(ctx, refuse(failure(job)))
         return await asyncio.to_thread(videos.content, job, "video", False)
 
 

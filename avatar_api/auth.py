@@ -14,7 +14,8 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from avatar_api.http import error_response
+from avatar_api.http import refuse
+from avatar_api.refusals import Refusal
 from avatar_api.secret_files import kept_secret
 from avatar_api.settings import ServiceSettings
 
@@ -70,7 +71,7 @@ class Authenticated:
         if scope["type"] == "http" and scope["path"] not in HEALTH:
             client = self.keys.client(Headers(scope=scope))
             if client is None:
-                answer = error_response(401, NO_KEY, "invalid_api_key")
+                answer = refuse(Refusal(401, NO_KEY, "invalid_api_key"))
                 answer.headers["WWW-Authenticate"] = "Bearer"
                 await answer(scope, receive, send)
                 return

@@ -30,13 +30,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self, cast
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from avatar_api.footage import Footage, read_reference
-from avatar_api.media import SAMPLE_RATE, VideoWriter, read_voice, refused
+from avatar_api.media import read_voice, refused
+from avatar_api.video_writer import VideoWriter, open_written
 from infinitetalk.errors import InputError
+from infinitetalk.timeline import SAMPLE_RATE
 
 MEMORY = 4 * 2**30
 """Bytes of address space of a child. Its libraries take a tenth, a voice of two hours another; the rest is for videos,
@@ -311,7 +312,7 @@ def _voice_seconds(path: Path, param: str, max_seconds: float) -> float:
 
 
 def _join(path: Path, param: str, video: str, segments: Sequence[str], sounds: Sequence[str | None], order: Any) -> int:
-    with av.open(segments[0], options={"protocol_whitelist": "file", "format_whitelist": "mov"}) as segment:
+    with open_written(Path(segments[0])) as segment:
         picture = segment.streams.video[0]
         width, height = picture.width, picture.height
     files = [None if sound is None else Path(sound) for sound in sounds]

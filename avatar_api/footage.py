@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avatar_api.media import (
-    FRAMES_PER_SECOND,
     MAX_PIXELS,
     check_size,
     damage_left_out,
@@ -37,6 +36,7 @@ from avatar_api.media import (
     read_picture,
     refused,
 )
+from infinitetalk.timeline import FRAMES_PER_SECOND
 
 LATE = Fraction(4, 1000)  # s: a picture that comes so much too late is in time; containers round their time stamps
 SEEK_FROM = 20  # s: a picture further ahead is sought; nearer ones are reached by decoding what lies between

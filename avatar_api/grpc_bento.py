@@ -18,13 +18,13 @@ from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, FINISHED, Job
 from avatar_api.protos import bento_service_pb2 as pb
 from avatar_api.protos.bento_service_pb2_grpc import BentoServiceServicer
+from avatar_api.refusals import Refusal, failure
 from avatar_api.requests import VideoRequest
-from avatar_api.videos import Backend, Refusal, Videos, failure
+from avatar_api.videos import POLL_SECONDS, Backend, Videos
 from infinitetalk.errors import InputError
 
 GENERATE_FILES = ("image", "audio", "audio_2")
 VALUES = tuple(name for name in VideoRequest.model_fields if name not in ("webhook_url", "quality"))
-POLL_SECONDS = 0.1  # how often a call looks for its video
 DOCS = "A picture or a video and a voice, or two, become a talking video (mp4). The answer comes when it is there."
 
 

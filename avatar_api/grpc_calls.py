@@ -18,9 +18,8 @@ from starlette.datastructures import Headers
 
 from avatar_api import metrics
 from avatar_api.auth import NO_KEY, Keys
-from avatar_api.http import error_object
 from avatar_api.protos.avatar_pb2 import VideoError
-from avatar_api.videos import REFUSABLE, Refusal, refusal
+from avatar_api.refusals import REFUSABLE, Refusal, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +87,10 @@ async def answering(context: Context) -> AsyncIterator[None]:
 
 async def abort(context: Context, refused: Refusal) -> NoReturn:
     metrics.ERRORS.labels(refused.code).inc()
+    code, error = CODES[refused.status], {name: text and text[:LONGEST_TEXT] for name, text in refused.error.items()}
     message = refused.message[:LONGEST_TEXT]
-    param = refused.param and refused.param[:LONGEST_TEXT]
-    code = CODES[refused.status]
     status = Status(code=code.value[0], message=message)
-    status.details.add().Pack(ParseDict(error_object(refused.status, message, refused.code, param), VideoError()))
+    status.details.add().Pack(ParseDict(error, VideoError()))
     if refused.retry_seconds is not None:
         retry = RetryInfo()
         retry.retry_delay.FromSeconds(refused.retry_seconds)

@@ -4,52 +4,37 @@ An error is always `{"error": {"type", "code", "message", "param"}}`; BentoML's 
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from itertools import chain
 from typing import Any
 
-from _bentoml_impl.serde import MultipartSerde
-from bentoml._internal.context import server_context
-from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
-from bentoml._internal.server.http.traffic import TimeoutMiddleware
-from bentoml.exceptions import InvalidArgument
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
-from starlette.datastructures import FormData, MutableHeaders, UploadFile
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Route, compile_path
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avatar_api import metrics
-from infinitetalk.errors import InputError
+from avatar_api.refusals import REFUSABLE, Refusal, refusal
 
 PAGES = ("text/html", "text/css", "text/javascript", "application/javascript")
 
 
-def error_object(status: int, message: str, code: str, param: str | None = None) -> dict[str, str | None]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"type": kind, "code": code, "message": message, "param": param}
+def refuse(refused: Refusal) -> JSONResponse:
+    metrics.ERRORS.labels(refused.code).inc()
+    answer = JSONResponse({"error": refused.error}, refused.status)
+    if refused.retry_seconds is not None:
+        answer.headers["Retry-After"] = str(refused.retry_seconds)
+    return answer
 
 
-def error_response(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
-    metrics.ERRORS.labels(code).inc()
-    return JSONResponse({"error": error_object(status, message, code, param)}, status_code=status)
-
-
-def create_app(
-    ready: Callable[[], Any],
-    routers: Sequence[APIRouter],
-    refusable: Sequence[type[Exception]],
-    refuse: Callable[[Exception], JSONResponse],
-) -> FastAPI:
-    """ready: an async function that says whether the models are loaded; refuse: the answer to an error of a refusable
-    type."""
+def create_app(ready: Callable[[], Any], routers: Sequence[APIRouter]) -> FastAPI:
+    """ready: an async function that says whether the models are loaded."""
     app = FastAPI(title="Avatar API", version="1", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     for router in routers:
         app.include_router(router)
@@ -62,20 +47,20 @@ def create_app(
         param = str(first["loc"][-1])
         said = first["msg"][0].lower() + first["msg"][1:]
         message = f"{param} is {str(first.get('input'))[:60]!r}; {said.replace('input should', 'it should')}."
-        return error_response(422, message, "invalid_value", param)
+        return refuse(Refusal(422, message, "invalid_value", param))
 
-    for kind in refusable:
+    for kind in REFUSABLE:
 
         @app.exception_handler(kind)
         async def refused(request: Request, error: Exception) -> JSONResponse:
-            return refuse(error)
+            return refuse(refusal(error))
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
         status = HTTPStatus(error.status_code)
         path = request.url.path
         message = f"{request.method} {path}: {status.phrase}."
-        answer = error_response(status, message, status.name.lower())
+        answer = refuse(Refusal(status, message, status.name.lower()))
         if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette's own answer knows one route only
             every = chain(app.routes, *(router.routes for router in routers))
             routes = [route for route in every if isinstance(route, Route)]
@@ -96,85 +81,6 @@ def add_health(app: FastAPI, ready: Callable[[], Any]) -> None:
     async def ping() -> Response:
         """204 while the models are loading, 200 when they are ready: what load balancers on RunPod expect."""
         return Response(status_code=HTTPStatus.OK if await ready() else HTTPStatus.NO_CONTENT)
-
-
-def adapt_forms(max_part_bytes: int) -> None:
-    """Mend some ways of BentoML with multipart forms; call it once, before serving.
-
-    A text where a file belongs is refused: BentoML would take it for a URL and fetch it from here. A text may be as
-    long as the whole request: beyond Starlette's 1 MiB, BentoML answers 500, as it does to a form that cannot be read.
-    A file's name is dropped: BentoML would make it part of a path.
-    """
-    read_form, parse_request = Request.form, MultipartSerde.parse_request
-
-    async def form(request: Request, **limits: Any) -> FormData:
-        try:
-            return await read_form(request, max_part_size=max_part_bytes, **limits)
-        except (HTTPException, MultiPartException) as error:
-            said = error.detail if isinstance(error, HTTPException) else error.message
-            raise InputError("body", f"The form cannot be read ({said.rstrip('.')}); send it whole.") from None
-
-    async def parse(serde: MultipartSerde, request: Request, form_model: Any) -> Any:
-        try:
-            return await parse_request(serde, request, form_model)
-        except ValidationError:
-            raise
-        except (ValueError, RecursionError) as error:  # in a field that BentoML tries to read as JSON
-            message = str(error) if isinstance(error, InputError) else f"A field of the form cannot be read: {error}."
-            raise InvalidArgument(message) from error
-
-    async def only_files(part: str | UploadFile) -> UploadFile:
-        if isinstance(part, UploadFile):
-            part.filename = "upload"
-            return part
-        raise InvalidArgument(f"A form field that takes a file holds a text ({part[:40]!r}); send the file itself.")
-
-    MultipartSerde.ensure_file = staticmethod(only_files)
-    MultipartSerde.parse_request = parse
-    Request.form = form  # type: ignore[method-assign, assignment]
-
-
-def end_with_the_answer() -> None:
-    """Mend BentoML's limit on the time until an answer; call it once, before serving.
-
-    For each request it sets a timer, and never stops it: until the limit, the timer holds all that the request held,
-    and a request that fails without an answer waits as long. Calls that wait for a video would need a limit of days.
-    """
-
-    async def answer(limit: TimeoutMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
-        await limit.app(scope, receive, send)
-
-    TimeoutMiddleware.__call__ = answer  # type: ignore[method-assign, assignment]
-
-
-def count_by_route(paths: Iterable[str]) -> None:
-    """Mend BentoML's metrics of the requests; call it once, before serving, with the routes' paths.
-
-    It counts by the path as it was sent, and for ever: several series for each video, and for each path that a stranger
-    tries. From here on a path counts as its route, `/v1/videos/{video_id}`, or as `other`.
-    """
-    set_up = RunnerTrafficMetricsMiddleware._setup
-    patterns = {path: compile_path(path)[0] for path in paths}
-
-    def route(path: str) -> str:
-        if path in server_context.service_routes:
-            return path
-        return next((known for known, pattern in patterns.items() if pattern.match(path)), "other")
-
-    class ByRoute:
-        def __init__(self, metric: Any) -> None:
-            self._metric = metric
-
-        def labels(self, endpoint: str, **others: str) -> Any:
-            return self._metric.labels(endpoint=route(endpoint), **others)
-
-    def set_up_by_route(middleware: Any) -> None:
-        set_up(middleware)
-        for name in vars(middleware):
-            if name.startswith(("metrics_request_", "metrics_websocket_")):
-                setattr(middleware, name, ByRoute(getattr(middleware, name)))
-
-    RunnerTrafficMetricsMiddleware._setup = set_up_by_route  # type: ignore[method-assign, assignment]
 
 
 class OneErrorShape:
@@ -224,7 +130,7 @@ class OneErrorShape:
             while more and received < 2 * self.max_upload_bytes:  # many callers read nothing until they have sent all
                 await counted()
             limit = f"{self.max_upload_bytes / 2**20:.0f} MiB"
-            answer = error_response(413, f"The request is larger than {limit}; send smaller files.", "too_large")
+            answer = refuse(Refusal(413, f"The request is larger than {limit}; send smaller files.", "too_large"))
             await answer(scope, receive, send)
 
     async def _send(self, started: Message, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
@@ -285,10 +191,11 @@ def _translated(status: int, content: Any, scope: Scope) -> JSONResponse:
         param = ".".join(str(part) for part in first.get("loc", ())) or None
         said = first["msg"][0].lower() + first["msg"][1:]
         message = f"{param}: {said}." if param else f"The request cannot be read: {said}."
-        return error_response(status, message, "missing" if first["type"] == "missing" else "invalid_value", param)
+        code = "missing" if first["type"] == "missing" else "invalid_value"
+        return refuse(Refusal(status, message, code, param))
     if status >= 500:
         message = "Something failed here; the server's log has the details under the request's id."
-        return error_response(status, message, "internal_error")
+        return refuse(Refusal(status, message, "internal_error"))
     said = content.get("error") if isinstance(content, dict) else None
     message = str(said) if said else f"{scope['method']} {scope['path']}: {phrase}."
-    return error_response(status, message, HTTPStatus(status).name.lower())
+    return refuse(Refusal(status, message, HTTPStatus(status).name.lower()))

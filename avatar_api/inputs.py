@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from avatar_api.decoder import Decoder, Pictures
 from avatar_api.footage import scene_starts
-from avatar_api.media import SAMPLE_RATE
 from avatar_api.requests import VideoRequest
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import output_size, speaker_regions
-from infinitetalk.timeline import FRAMES_PER_SECOND
+from infinitetalk.timeline import FRAMES_PER_SECOND, SAMPLE_RATE
 
 Source = Callable[[Path], object]
 """Writes a caller's file to a path."""

@@ -4,14 +4,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import av
 from PIL import Image
 
 from avatar_api.decoder import Decoder
 from avatar_api.inputs import DECODERS, decoding_seconds, voice_files
 from avatar_api.jobs import FinishedClip, Job
-from avatar_api.media import FRAMES_PER_SECOND
 from avatar_api.storage import Storage
+from avatar_api.video_writer import open_written
+from infinitetalk.timeline import FRAMES_PER_SECOND
 
 THUMBNAIL_SIDE = 512  # pixels, at most
 
@@ -45,7 +45,7 @@ def thumbnail(job: Job, clips: Sequence[FinishedClip], storage: Storage) -> Path
     if source is None:
         return None
     storage.obtain(job.id, source)
-    with av.open(str(folder / source), options={"protocol_whitelist": "file", "format_whitelist": "mov"}) as film:
+    with open_written(folder / source) as film:
         image: Image.Image = next(film.decode(video=0)).to_image()
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     draft = picture.with_name(f"{picture.name}.{os.getpid()}-{id(image)}")

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
-
 from avatar_api.inputs import Source
 from avatar_api.storage import Storage
+from avatar_api.video_writer import open_written
 
 _CLIP = re.compile(r"clip-(\d{5})\.(\d+)\.(mp4|safetensors)")
 
@@ -51,5 +50,5 @@ def _obtain(job_id: str, name: str, storage: Storage, target: Path) -> None:
 
 
 def _frames(segment: Path) -> int:
-    with av.open(str(segment), options={"protocol_whitelist": "file", "format_whitelist": "mov"}) as film:
+    with open_written(segment) as film:
         return film.streams.video[0].frames

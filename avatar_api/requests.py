@@ -49,9 +49,13 @@ class VideoRequest(BaseModel):
     steps: Annotated[int, Field(ge=1, le=200, description="Denoising steps per clip.")] = DEFAULTS.steps
     seed: Annotated[int, Field(ge=0, lt=2**63, description="The same seed gives the same noise.")] = DEFAULTS.seed
     text_guidance: Annotated[float, Field(ge=1, le=20, description="1 turns it off.")] = DEFAULTS.text_guidance
-    audio_guidance: Annotated[float, Field(ge=0, le=20)] = DEFAULTS.audio_guidance
+    audio_guidance: Annotated[float, Field(ge=0, le=20, description="How closely lips follow the voice.")] = (
+        DEFAULTS.audio_guidance
+    )
     shift: Annotated[float | None, Field(gt=0, le=100, description="Noise schedule; by size if not given.")] = None
-    color_correction: Annotated[float, Field(ge=0, le=1)] = DEFAULTS.color_correction
+    color_correction: Annotated[
+        float, Field(ge=0, le=1, description="How far each frame's colours are pulled back to the picture's.")
+    ] = DEFAULTS.color_correction
     max_seconds: Annotated[
         float | None, Field(ge=1 / FRAMES_PER_SECOND, description="End the video early; else as long as the voice.")
     ] = None

@@ -7,15 +7,15 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Security
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import FormData, UploadFile
 
 from avatar_api import outgoing
 from avatar_api.auth import NO_KEY, client_of
-from avatar_api.http import error_object, error_response
 from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, Job
+from avatar_api.refusals import UNAVAILABLE, Refusal
 from avatar_api.requests import VideoRequest
 from avatar_api.settings import ServiceSettings
 from avatar_api.videos import (
@@ -24,17 +24,14 @@ from avatar_api.videos import (
     LARGEST_PAGE,
     LONGEST_KEY,
     PAGE,
-    UNAVAILABLE,
     Backend,
     DeletedVideo,
     Error,
     Happening,
-    Refusal,
     Video,
     VideoPage,
     Videos,
     read_fields,
-    refusal,
     save_upload,
 )
 from infinitetalk.errors import InputError
@@ -187,18 +184,6 @@ def create_router(backend: Callable[[], Backend]) -> APIRouter:
     return router
 
 
-def refuse(error: Exception) -> JSONResponse:
-    """The answer to one of these errors."""
-    return answer(refusal(error))
-
-
-def answer(refused: Refusal) -> JSONResponse:
-    response = error_response(refused.status, refused.message, refused.code, refused.param)
-    if refused.retry_seconds is not None:
-        response.headers["Retry-After"] = str(refused.retry_seconds)
-    return response
-
-
 async def _read(
     request: Request, settings: ServiceSettings
 ) -> tuple[dict[str, Any], dict[str, Source], FormData | None]:
@@ -261,7 +246,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {
             "model": Error,
             "description": description,
-            "content": {"application/json": {"example": {"error": error_object(status, message, code, param)}}},
+            "content": {"application/json": {"example": {"error": Refusal(status, message, code, param).error}}},
         }
         for status, (description, message, code, param) in REFUSALS.items()
         if status in statuses

@@ -26,7 +26,6 @@ from runpod.serverless.modules import rp_http
 
 from avatar_api import logs, outgoing
 from avatar_api.database import OUTAGES
-from avatar_api.http import error_object
 from avatar_api.inputs import Planned
 from avatar_api.jobs import (
     CANCELLED,
@@ -38,11 +37,12 @@ from avatar_api.jobs import (
     JobNotFoundError,
     JobStore,
 )
-from avatar_api.media import SOUND_BIT_RATE, shrink
 from avatar_api.recovery import remains
+from avatar_api.refusals import REFUSABLE, Refusal, failure, refusal
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage, open_storage
-from avatar_api.videos import FILES, REFUSABLE, Backend, Happening, Videos, failure, read_fields, refusal
+from avatar_api.video_writer import SOUND_BIT_RATE, shrink
+from avatar_api.videos import FILES, Backend, Happening, Videos, read_fields
 from infinitetalk.errors import InputError
 from infinitetalk.timeline import FRAMES_PER_SECOND
 
@@ -102,11 +102,11 @@ class QueueWorker:
                 async with AsyncClientSession() as session:
                     return await self._answer(asked, job_id, session)
             except REFUSABLE as error:
-                refused = refusal(error)
-                return _error(error_object(refused.status, refused.message, refused.code, refused.param))
+                return _error(refusal(error))
             except Exception:
                 logger.exception("job %s: cannot be answered", job_id)
-                return _error(error_object(500, "Something failed here; the worker's log has the details.", "internal"))
+                message = "Something failed here; the worker's log has the details."
+                return _error(Refusal(500, message, "internal_error"))
 
     async def _answer(self, asked: dict[str, Any], job_id: str, session: ClientSession) -> dict[str, Any]:
         limit = RUNSYNC_BYTES if asked["id"].startswith("sync-") else RUN_BYTES
@@ -139,7 +139,7 @@ class QueueWorker:
         if why.code in GPU_CODES:
             logger.critical("job %s: this worker's GPU is in doubt; it takes no further job", job_id)
             self._refresh()
-        return _error(error_object(why.status, why.message, why.code, why.param))
+        return _error(why)
 
     def _take(self, job_id: str, fields: dict[str, Any], limit: int) -> None:
         """See that the job is in the queue here. One that is there, or was, comes from RunPod again: it goes on."""
@@ -281,8 +281,8 @@ def _report(happened: Happening) -> dict[str, Any]:
     return {"percent": video["progress"]} | {name: video[name] for name in names if video[name] is not None}
 
 
-def _error(error: dict[str, Any]) -> dict[str, Any]:
-    return {"error": json.dumps(error)}  # in ASCII: a caller's text may hold what no encoding has
+def _error(refused: Refusal) -> dict[str, Any]:
+    return {"error": json.dumps(refused.error)}  # in ASCII: a caller's text may hold what no encoding has
 
 
 def _base64(content: bytes) -> str:

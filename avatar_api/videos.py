@@ -17,7 +17,6 @@ from typing import Annotated, Any, BinaryIO, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from avatar_api import outgoing, previews, tracing
-from avatar_api.database import OUTAGES
 from avatar_api.inputs import Planned, Source, lay_down
 from avatar_api.jobs import (
     CANCELLED,
@@ -26,18 +25,16 @@ from avatar_api.jobs import (
     FINISHED,
     IN_PROGRESS,
     QUEUED,
-    IdempotencyError,
     Job,
-    JobNotFinishedError,
     JobNotFoundError,
     JobStore,
-    QueueFullError,
     QueueLimits,
     State,
 )
+from avatar_api.refusals import NotReadyError
 from avatar_api.requests import VideoRequest
 from avatar_api.settings import ServiceSettings
-from avatar_api.storage import Storage, StorageError
+from avatar_api.storage import Storage
 from infinitetalk.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -46,8 +43,8 @@ FILES = ("input_reference", "audio", "audio_2")
 MODEL = "infinitetalk"
 LONGEST_KEY = 255  # characters of an idempotency key
 PAGE, LARGEST_PAGE = 20, 100  # videos of a list, unless asked otherwise, and at most
-RETRY_SECONDS = 30  # what a caller is asked to wait for when the queue is full
 HEARTBEAT_SECONDS = 15.0  # of silence, after which an event stream says that it is alive
+POLL_SECONDS = 0.1  # how often a call that waits for its video looks for it, and whether its caller is still there
 FOLLOW_SECONDS, QUEUED_SECONDS = 0.25, 1.0  # how often an event stream looks; while the video waits, places cost more
 
 
@@ -76,7 +73,6 @@ A_VIDEO: dict[str, Any] = {
     "error": None,
     "remixed_from_video_id": None,
 }
-UNAVAILABLE = "The database or the storage is away, or its disk is full; try again in a minute."
 
 
 class Backend(Protocol):
@@ -141,10 +137,6 @@ class DeletedVideo(BaseModel):
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: bool = True
-
-
-class NotReadyError(Exception):
-    """There is no such content yet; the message says what there is."""
 
 
 @dataclass(frozen=True)
@@ -312,57 +304,6 @@ def describe(job: Job, keep_days: float, position: int | None) -> Video:
         eta_seconds=told.get("eta_seconds") if running else None,
         error=VideoError(**job.error) if job.state == FAILED and job.error else None,
     )
-
-
-REFUSABLE = (
-    InputError,
-    JobNotFoundError,
-    IdempotencyError,
-    JobNotFinishedError,
-    NotReadyError,
-    QueueFullError,
-    StorageError,
-    OSError,  # a full disk, above all
-    *OUTAGES,
-)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why there is nothing for the caller, whatever it speaks."""
-
-    status: int
-    """HTTP's."""
-    message: str
-    code: str
-    param: str | None = None
-    retry_seconds: int | None = None
-    """After which the same may work."""
-
-
-def refusal(error: Exception) -> Refusal:
-    """What is told of one of these errors."""
-    if isinstance(error, InputError):
-        return Refusal(413 if error.code == "too_large" else 400, str(error), error.code, error.param)
-    if isinstance(error, JobNotFoundError):
-        return Refusal(404, str(error).replace("job", "video"), "not_found", "video_id")
-    if isinstance(error, IdempotencyError):
-        return Refusal(409, str(error), "idempotency_conflict", "Idempotency-Key")
-    if isinstance(error, JobNotFinishedError):
-        return Refusal(409, str(error).replace("Job", "Video"), "not_finished", "video_id")
-    if isinstance(error, NotReadyError):
-        return Refusal(409, str(error), "not_ready")
-    if isinstance(error, QueueFullError):
-        return Refusal(429, str(error), "queue_full", retry_seconds=RETRY_SECONDS)
-    logger.error("%s: %s", type(error).__name__, error, exc_info=isinstance(error, OSError))
-    return Refusal(503, UNAVAILABLE, "unavailable", retry_seconds=RETRY_SECONDS)
-
-
-def failure(job: Job) -> Refusal:
-    """What is told to a caller that waited for a video which failed or was cancelled."""
-    error = job.error or {"message": "The job was cancelled.", "code": "cancelled", "param": None}
-    status = 400 if error.get("type") == "invalid_request_error" else 500
-    return Refusal(409 if job.state == CANCELLED else status, error["message"], error["code"], error["param"])
 
 
 def read_fields(fields: Mapping[str, Any], save: Callable[..., object]) -> tuple[dict[str, Any], dict[str, Source]]:

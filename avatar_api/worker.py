@@ -22,11 +22,11 @@ from avatar_api import logs, metrics, tracing
 from avatar_api.database import OUTAGES
 from avatar_api.inputs import Inputs, pick_up
 from avatar_api.jobs import Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
-from avatar_api.media import VideoWriter
 from avatar_api.progress import ENCODING, GENERATING, PREPARING, UPLOADING, Progress
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import Storage, StorageError, may_pass
+from avatar_api.video_writer import VideoWriter
 from infinitetalk.errors import InputError
 from infinitetalk.memory import smaller
 from infinitetalk.parallel import Followers, device_of

@@ -26,7 +26,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from avatar_api.media import VideoWriter
+from avatar_api.video_writer import VideoWriter
 from infinitetalk import checkpoints, memory
 from infinitetalk.audio import encode
 from infinitetalk.color import match_color

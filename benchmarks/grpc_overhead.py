@@ -29,10 +29,9 @@ from avatar_api.auth import Authenticated, Keys
 from avatar_api.http import OneErrorShape, create_app
 from avatar_api.jobs import JobStore
 from avatar_api.protos import avatar_pb2 as pb
-from avatar_api.routes import create_router, refuse
+from avatar_api.routes import create_router
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage
-from avatar_api.videos import REFUSABLE
 from tests.test_grpc import MB, Caller, Serving, chunk, wanted
 from tests.test_videos import Backend, picture
 
@@ -46,7 +45,7 @@ def http_server(backend: Backend) -> Iterator[str]:
     async def ready() -> bool:
         return True
 
-    app: Any = create_app(ready, [create_router(lambda: backend)], REFUSABLE, refuse)
+    app: Any = create_app(ready, [create_router(lambda: backend)])
     app = OneErrorShape(Authenticated(app, Keys([KEY])), backend.settings.max_upload_bytes)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run)

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from avatar_api.media import VideoWriter, read_picture, read_voice
-from infinitetalk.audio import SAMPLE_RATE
+from avatar_api.media import read_picture, read_voice
+from avatar_api.video_writer import VideoWriter
 from infinitetalk.geometry import output_size
 from infinitetalk.pipeline import InfiniteTalkPipeline, Speaker
 from infinitetalk.settings import Settings
+from infinitetalk.timeline import SAMPLE_RATE
 from scripts import make_tiny_snapshots
 from scripts.measure_drift import measure, tables
 

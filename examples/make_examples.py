@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from avatar_api.media import VideoWriter
+from avatar_api.video_writer import VideoWriter
 
 HERE = Path(__file__).parent
 SENTENCE = "Hello! A picture and a voice go in, and a talking video comes out."

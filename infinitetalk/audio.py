@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Wav2Vec2Model
 
-from infinitetalk.timeline import FRAMES_PER_SECOND
+from infinitetalk.timeline import FRAMES_PER_SECOND, SAMPLE_RATE
 
-SAMPLE_RATE = 16000
 TARGET_LOUDNESS = -23.0
 """LUFS, the broadcast level of EBU R 128."""
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from infinitetalk.errors import InputError
 
 FRAMES_PER_SECOND = 25
+SAMPLE_RATE = 16000  # Hz: what the speech encoder hears
 AUDIO_WINDOW = 5
 """Audio frames that the model hears around each video frame: two before, itself, two after."""
 

@@ -200,7 +200,8 @@ def make_video(
     """
     with console.status("Starting"):
         from avatar_api.footage import Footage, read_reference, scene_starts
-        from avatar_api.media import VideoWriter, read_voice
+        from avatar_api.media import read_voice
+        from avatar_api.video_writer import VideoWriter
         from infinitetalk.audio import arrange, frame_count
         from infinitetalk.parallel import Leader, device_of, follow, torchrun_rank
         from infinitetalk.pipeline import Speaker

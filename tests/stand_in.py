@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infinitetalk.audio import SAMPLE_RATE
 from infinitetalk.geometry import output_size
 from infinitetalk.memory import IN_PLACE
 from infinitetalk.pipeline import Clip, ClipState, Speaker, Step
 from infinitetalk.settings import Settings
-from infinitetalk.timeline import FRAMES_PER_SECOND
+from infinitetalk.timeline import FRAMES_PER_SECOND, SAMPLE_RATE
 
 FRAMES = 10  # of each clip
 BLOCK = 8  # pixels that have one colour

@@ -26,14 +26,15 @@ import uvicorn
 
 from avatar_api import housekeeping
 from avatar_api.auth import Authenticated
+from avatar_api.bentoml_patches import adapt_forms
 from avatar_api.housekeeping import Housekeeper
-from avatar_api.http import OneErrorShape, adapt_forms, create_app
+from avatar_api.http import OneErrorShape, create_app
 from avatar_api.jobs import JobSettings, JobStore, runner_name
-from avatar_api.routes import create_router, refuse
+from avatar_api.routes import create_router
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import Storage, open_storage
-from avatar_api.videos import REFUSABLE, describe
+from avatar_api.videos import describe
 from avatar_api.webhooks import Webhooks, WebhookTimes
 from avatar_api.worker import work
 from tests.stand_in import StandIn
@@ -66,7 +67,7 @@ def serve(settings: ServiceSettings, port: int, clean_seconds: float) -> None:
         return True
 
     adapt_forms(settings.max_upload_bytes)
-    app: Any = create_app(ready, [create_router(lambda: backend)], REFUSABLE, refuse)
+    app: Any = create_app(ready, [create_router(lambda: backend)])
     app = OneErrorShape(Authenticated(app), settings.max_upload_bytes)
     uvicorn.run(app, port=port, log_level="warning", lifespan="off")
 

@@ -8,11 +8,12 @@ from transformers import Wav2Vec2Model
 from infinitetalk import audio
 from infinitetalk.audio import VoiceFeatures, frame_count, normalize_loudness, standardize
 from infinitetalk.pipeline import InfiniteTalkPipeline
+from infinitetalk.timeline import SAMPLE_RATE
 
 
 def voice(seconds: float, seed: int = 0) -> np.ndarray:
     """Noise whose loudness comes and goes, as that of speech does."""
-    time = np.arange(round(seconds * audio.SAMPLE_RATE)) / audio.SAMPLE_RATE
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     noise = np.random.default_rng(seed).standard_normal(len(time))
     return (0.1 * noise * (1 + np.sin(2 * np.pi * 3 * time))).astype(np.float32)
 

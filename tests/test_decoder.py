@@ -23,8 +23,9 @@ from avatar_api import decoder as decoding
 from avatar_api.decoder import Decoder, DecoderError
 from avatar_api.footage import Footage, scene_starts
 from avatar_api.inputs import lay_down, pick_up
-from avatar_api.media import VideoWriter, damage_left_out, read_voice
+from avatar_api.media import damage_left_out, read_voice
 from avatar_api.requests import VideoRequest
+from avatar_api.video_writer import VideoWriter
 from infinitetalk.errors import InputError
 from tests.conftest import REPOSITORY, SmallDisk
 

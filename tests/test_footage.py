@@ -16,7 +16,8 @@ from PIL import Image
 
 from avatar_api import footage as footage_module
 from avatar_api.footage import Footage, read_reference, scene_starts
-from avatar_api.media import VideoWriter, read_picture, read_voice
+from avatar_api.media import read_picture, read_voice
+from avatar_api.video_writer import VideoWriter
 from infinitetalk.errors import InputError
 from tests.conftest import REPOSITORY
 
@@ -311,7 +312,7 @@ def test_limited_and_full_range_give_the_same_greys(tmp_path: Path, pixel_format
 @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
 def test_hdr_is_taken_as_it_is_stored(tmp_path: Path, transfer: str) -> None:
     def recording(name: str, tags: str) -> Path:
-        options = {"x264-params": "asm=SSE4.2" + tags}  # repeatable, as in avatar_api.media
+        options = {"x264-params": "asm=SSE4.2" + tags}  # repeatable, as in avatar_api.video_writer
         return film(tmp_path / name, count_up(3), pixel_format="yuv420p10le", options=options)
 
     path = recording("hdr.mp4", f":colorprim=bt2020:transfer={transfer}")

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from avatar_api.footage import Footage
-from avatar_api.media import VideoWriter, read_picture, read_voice
+from avatar_api.media import read_picture, read_voice
+from avatar_api.video_writer import VideoWriter
 from infinitetalk.pipeline import InfiniteTalkPipeline, Speaker
 from infinitetalk.settings import Settings
 from scripts.generate_infinitetalk import main

@@ -12,8 +12,8 @@ from PIL import Image
 
 from avatar_api.decoder import Pictures
 from avatar_api.inputs import lay_down, pick_up
-from avatar_api.media import VideoWriter
 from avatar_api.requests import VideoRequest
+from avatar_api.video_writer import VideoWriter
 from infinitetalk.errors import InputError
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)

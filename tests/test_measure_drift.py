@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from avatar_api.media import VideoWriter
+from avatar_api.video_writer import VideoWriter
 from infinitetalk.errors import InputError
 from scripts.measure_drift import main, measure
 from tests.conftest import REPOSITORY

@@ -27,11 +27,11 @@ import soundfile
 from google.protobuf.wrappers_pb2 import StringValue
 
 from avatar_api.jobs import Job, JobStore
-from avatar_api.media import VideoWriter
 from avatar_api.protos import avatar_pb2 as pb
 from avatar_api.protos import bento_service_pb2 as bento
 from avatar_api.protos.avatar_pb2_grpc import AvatarServiceStub
 from avatar_api.protos.bento_service_pb2_grpc import BentoServiceStub
+from avatar_api.video_writer import VideoWriter
 from tests.conftest import REPOSITORY
 
 PICTURE = REPOSITORY / "examples" / "portrait.png"
@@ -218,6 +218,13 @@ def test_the_same_video_comes_over_grpc(server: Server, short_voice: Path) -> No
         newest = AvatarServiceStub(channel).ListVideos(pb.ListVideosRequest(limit=1)).videos[0]
     assert answer.file.content == over_http.content
     assert httpx.get(f"{server.url}/v1/videos/{newest.id}").json()["status"] == "completed", "they are the same jobs"
+
+
+def test_every_parameter_of_generate_is_described_where_callers_look(server: Server) -> None:
+    described = httpx.get(f"{server.url}/docs.json").json()["components"]["schemas"]["generate__Input"]["properties"]
+    assert len(described) == 14
+    assert all(len(parameter["description"]) > 10 for parameter in described.values())
+    assert (described["steps"]["minimum"], described["steps"]["maximum"]) == (1, 200)
 
 
 @pytest.mark.parametrize("path", ["/ping", "/livez", "/readyz", "/metrics"])

@@ -14,7 +14,8 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from avatar_api.media import VideoWriter, read_voice
+from avatar_api.media import read_voice
+from avatar_api.video_writer import VideoWriter
 from infinitetalk.errors import InputError
 
 Pixels = NDArray[np.uint8]

@@ -26,11 +26,10 @@ from PIL import Image
 from avatar_api.auth import Authenticated, Keys
 from avatar_api.http import OneErrorShape, create_app
 from avatar_api.jobs import Claim, JobSettings, JobStore
-from avatar_api.media import VideoWriter
-from avatar_api.routes import create_router, refuse
+from avatar_api.routes import create_router
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage
-from avatar_api.videos import REFUSABLE
+from avatar_api.video_writer import VideoWriter
 from tests.conftest import SmallDisk
 
 FRAMES = 10  # of each clip
@@ -96,7 +95,7 @@ def url(backend: Backend) -> Iterator[str]:
     async def ready() -> bool:
         return True
 
-    app: Any = create_app(ready, [create_router(lambda: backend)], REFUSABLE, refuse)
+    app: Any = create_app(ready, [create_router(lambda: backend)])
     app = OneErrorShape(Authenticated(app, Keys(["alice", "bob"])), max_upload_bytes=2**20)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run)

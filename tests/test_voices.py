@@ -13,8 +13,9 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from avatar_api.media import SAMPLE_RATE, read_voice
+from avatar_api.media import read_voice
 from infinitetalk.errors import InputError
+from infinitetalk.timeline import SAMPLE_RATE
 
 Samples = NDArray[np.float32]
 
