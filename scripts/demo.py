@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import bentoml
-import httpx
+import httpx2
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -38,9 +38,9 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> No
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            if httpx.get(f"{url}/ping", timeout=2).status_code == 200:
+            if httpx2.get(f"{url}/ping", timeout=2).status_code == 200:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass
         time.sleep(0.2)
     raise SystemExit(f"error: the server did not start; the end of {log}:\n{log.read_text()[-2000:]}")

@@ -2,6 +2,10 @@
 
 import ast
 import graphlib
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
@@ -61,3 +65,22 @@ def test_the_image_is_pushed_and_verified_without_the_model_and_the_service() ->
         roots = {str(node.module).split(".")[0] for node in tree if isinstance(node, ast.ImportFrom)}
         roots |= {alias.name.split(".")[0] for node in tree if isinstance(node, ast.Import) for alias in node.names}
         assert not roots & outside, f"{name} imports {roots & outside}"
+
+
+def test_what_is_imported_is_declared() -> None:
+    """By the service and the image; scripts may also use what development brings."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = {canonical(re.split(r"[\[=]", dependency)[0]) for dependency in project["dependencies"]}
+    parts = {"botocore": "boto3", "s3transfer": "boto3", "pydantic-core": "pydantic"}  # one project, several packages
+    known = packages_distributions()
+    for file in [REPOSITORY / "service.py", *(file for package in MAY_IMPORT for file in modules(package).values())]:
+        tree = list(ast.walk(ast.parse(file.read_text())))
+        names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in tree if isinstance(node, ast.ImportFrom)}
+        for root in {name.split(".")[0] for name in names} - OURS - sys.stdlib_module_names:
+            owners = {canonical(owner) for owner in known[root]}
+            assert {parts.get(owner, owner) for owner in owners} & declared, f"{file}: {root} is of {owners}"
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
