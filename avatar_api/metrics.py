@@ -37,7 +37,7 @@ ERRORS = Counter("avatar_request_errors", "Requests that were answered with an e
 
 START_SECONDS = Gauge(
     "avatar_start_seconds",
-    "What the runner's start took: each part of the models, then the first video's first step, and the first video.",
+    "What the start took: the verification, each part of the models, the first video's first step, the first video.",
     ["part"],
     multiprocess_mode="mostrecent",
 )

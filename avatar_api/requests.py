@@ -117,6 +117,9 @@ def _input_error(error: ValidationError) -> InputError:
     if isinstance(cause, InputError):
         return cause
     param = ".".join(str(part) for part in first["loc"])
+    if not first["loc"]:  # JSON can name half a surrogate pair, which no answer could repeat
+        name = ascii(first["input"])
+        return InputError(name[1:-1], f"there is no parameter {name}; a name should be text.", "unknown_parameter")
     if first["type"] == "extra_forbidden":
         fields = Speakers.model_fields if len(first["loc"]) > 1 else VideoRequest.model_fields
         known = ", ".join(sorted(fields))

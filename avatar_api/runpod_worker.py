@@ -48,8 +48,6 @@ from infinitetalk.timeline import FRAMES_PER_SECOND
 
 logger = logging.getLogger(__name__)
 
-VOLUME = Path("/runpod-volume")
-"""Where RunPod mounts an endpoint's network volume."""
 CLIENT = "runpod"
 """Who owns the jobs: RunPod knows who is calling, and does not say."""
 
@@ -72,10 +70,11 @@ class _Backend:
     storage: Storage
 
 
-def serve(settings: ServiceSettings, checks: Sequence[Callable[[], object]], volume: Path = VOLUME) -> None:
+def serve(settings: ServiceSettings, checks: Sequence[Callable[[], object]], volume: Path) -> None:
     """Take jobs until SIGTERM, or until a fresh worker is needed; a job in the making is finished first.
 
-    checks: have to pass before the first job is taken; what one raises, RunPod is told.
+    checks: have to pass before the first job is taken; what one raises, RunPod is told. volume: where the network
+    volume is mounted.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
     backend = _Backend(settings, JobStore(settings.database), open_storage(settings))

@@ -50,8 +50,8 @@ def check_home(home: Path) -> None:
         )
 
 
-def check_models() -> str:
-    """Says what was verified; exits where something is missing or damaged."""
+def check_models() -> tuple[str, float]:
+    """What was verified, and how many seconds that took; exits where something is missing or damaged."""
     how = os.environ.get("AVATAR_VERIFY", "sizes")
     if how not in VERIFY:
         sys.exit(f"error: AVATAR_VERIFY={how}: it is one of {', '.join(VERIFY)}.")
@@ -63,7 +63,7 @@ def check_models() -> str:
         sys.exit(f"error: {error}")
     embedded.link(models)
     seconds = time.monotonic() - started
-    return f"{len(models)} models, {files} files, {decimal(size)}, {VERIFY[how]} ({seconds:.1f} s)"
+    return f"{len(models)} models, {files} files, {decimal(size)}, {VERIFY[how]} ({seconds:.1f} s)", seconds
 
 
 def gpus() -> str:
@@ -92,7 +92,8 @@ def wait_until_ready(server: int, url: str) -> bool:
 def main() -> None:
     check_home(Path(os.environ["AVATAR_HOME"]))
     print("Verifying the models", flush=True)
-    verified = check_models()
+    verified, seconds = check_models()
+    os.environ["AVATAR_VERIFY_SECONDS"] = str(seconds)  # the runner tells Prometheus
     port = os.environ.get("BENTOML_PORT", "3000")  # BentoML's entry point has set it to PORT, if there is one
     url = f"http://127.0.0.1:{port}"
     said = f"✅ Container Ready\n   {verified}\n   GPU: {gpus()}\n   {url}, by hand:\n{MANUAL}"

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rich.console import Console
 
 from scripts.estimate import GPUS, speed
+from scripts.start import VOLUME
 
 API = "https://api.runpod.io"
 PORT = "3000"
@@ -101,7 +102,7 @@ def template(wanted: Deployment) -> dict[str, Any]:
     if wanted.kind == "load_balancer":
         environment |= {"PORT": PORT, "PORT_HEALTH": PORT, "HEALTH_CHECK_PATH": "/ping"}
     if wanted.network_volume is not None:
-        environment.setdefault("AVATAR_HOME", "/runpod-volume/avatar")
+        environment.setdefault("AVATAR_HOME", str(VOLUME / "avatar"))
     environment |= {name: f"{{{{ RUNPOD_SECRET_{secret} }}}}" for name, secret in wanted.secrets.items()}
     body: dict[str, Any] = {
         "name": wanted.name,

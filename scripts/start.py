@@ -23,6 +23,7 @@ from avatar_api.settings import ServiceSettings
 from avatar_api.sidecar import Sidecar
 
 VOLUME = Path("/runpod-volume")
+"""Where RunPod mounts an endpoint's network volume."""
 OWN_DATABASE = "sqlite:////tmp/avatar-jobs.db"
 PORT = "3000"
 
@@ -65,7 +66,7 @@ def work_for_the_queue(arguments: Sequence[str], port: int) -> None:
     server = Sidecar(arguments, port, settings.home)
     server.start()
     try:
-        serve(settings, [server.wait_until_ready])
+        serve(settings, [server.wait_until_ready], VOLUME)
     finally:
         server.stop()
 

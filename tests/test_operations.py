@@ -148,6 +148,7 @@ def observed(
         "OTEL_BSP_SCHEDULE_DELAY": "200",
         "AVATAR_HOME": str(home),
         "AVATAR_GRPC_PORT": "0",
+        "AVATAR_VERIFY_SECONDS": "1.25",
         "AVATAR_LOG_FORMAT": "json",
         "AVATAR_API_KEYS": API_KEY,
         "AVATAR_ALLOWED_HOSTS": "127.0.0.1",
@@ -258,6 +259,7 @@ class TestMetrics:
         assert observed.value("avatar_request_errors_total", code="invalid_api_key") == 4
 
     def test_each_part_of_the_start_is_told_up_to_the_first_video(self, observed: Observed) -> None:
+        assert observed.value("avatar_start_seconds", part="verify") == 1.25, "as container/start.py said"
         parts = ("transformer", "vae", "text_encoder", "image_encoder", "speech_encoder", "first_step", "first_video")
         took = [observed.value("avatar_start_seconds", part=part) for part in parts]
         assert all(seconds is not None and seconds > 0 for seconds in took), took

@@ -81,6 +81,12 @@ def test_a_wrong_value_is_refused(values: dict[str, Any], message: str) -> None:
     assert len(str(refusal.value)) < 300
 
 
+def test_a_name_that_is_no_text_is_refused_by_its_escape() -> None:
+    with pytest.raises(InputError, match=r"there is no parameter '\\ud800'; a name should be text") as refusal:
+        VideoRequest.judge(json.loads(r'{"\ud800": 1}'))
+    assert refusal.value.param == r"\ud800"
+
+
 def test_judging_a_request_does_not_wait_for_torch() -> None:
     program = "import sys, avatar_api.requests, avatar_api.media; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
