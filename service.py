@@ -28,14 +28,14 @@ from pydantic_core import PydanticCustomError
 
 from avatar_api import grpc_server, logs, metrics, runpod_balanced
 from avatar_api.auth import Authenticated, Keys, client_of
-from avatar_api.bentoml_patches import adapt_forms, count_by_route, end_with_the_answer
+from avatar_api.bentoml_patches import adapt_forms, count_by_route, end_with_the_answer, log_failures_only
 from avatar_api.database import OUTAGES
 from avatar_api.grpc_server import GrpcServer
 from avatar_api.housekeeping import Housekeeper
 from avatar_api.http import OneErrorShape, SecurityHeaders, create_app, refuse
 from avatar_api.inputs import Source
 from avatar_api.jobs import COMPLETED, FINISHED, STATES, Job, JobStore, runner_name
-from avatar_api.refusals import REFUSABLE, failure, refusal
+from avatar_api.refusals import REFUSABLE, Refusal, failure, refusal
 from avatar_api.requests import DEFAULTS, VideoRequest
 from avatar_api.routes import create_router
 from avatar_api.settings import ServiceSettings
@@ -272,7 +272,7 @@ class AvatarApi:
                 with logs.of_job(job.id):
                     logger.info("job %s: the caller went away", job.id)
                 await asyncio.to_thread(self.store.cancel, job.id)
-                return _refused(ctx, Response(status_code=499))
+                return _refused(ctx, refuse(Refusal(499, "The caller went away.", "cancelled")))
             await asyncio.sleep(POLL_SECONDS)
             job = await asyncio.to_thread(self.store.get, job.id)
         if job.state != COMPLETED:
@@ -281,6 +281,7 @@ class AvatarApi:
 
 
 end_with_the_answer()
+log_failures_only()
 adapt_forms(ServiceSettings().max_upload_bytes)
 count_by_route(["/ping", "/livez", "/readyz", *(str(getattr(route, "path", "")) for route in router.routes)])
 AvatarApi.add_asgi_middleware(SecurityHeaders)  # type: ignore[attr-defined]

@@ -3,14 +3,16 @@
 These are BentoML's own insides, which may change with any version: it is pinned, and each patch has its test.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from _bentoml_impl.serde import MultipartSerde
+from _bentoml_impl.server import app
 from bentoml._internal.context import server_context
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
-from bentoml.exceptions import InvalidArgument
+from bentoml.exceptions import BentoMLException, InvalidArgument
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
@@ -70,6 +72,19 @@ def end_with_the_answer() -> None:
         await limit.app(scope, receive, send)
 
     TimeoutMiddleware.__call__ = answer  # type: ignore[method-assign, assignment]
+
+
+def log_failures_only() -> None:
+    """The log. BentoML writes a traceback for each request that it refuses, with some of what was sent in it."""
+    log = app.log_exception
+
+    def log_failure(request: Request) -> None:
+        error = sys.exception()
+        refused = isinstance(error, ValidationError) or (isinstance(error, BentoMLException) and error.error_code < 500)
+        if not refused:
+            log(request)
+
+    app.log_exception = log_failure
 
 
 def count_by_route(paths: Iterable[str]) -> None:

@@ -282,7 +282,7 @@ def test_wrong_files_are_refused_in_one_shape_and_leave_nothing(server: Server) 
     assert set((server.home / "jobs").iterdir()) == folders
 
 
-def test_malformed_requests_are_refused_in_one_shape(server: Server) -> None:
+def test_malformed_requests_are_refused_in_one_shape_and_leave_no_traceback(server: Server) -> None:
     error_of(
         httpx.post(f"{server.url}/generate", content=b'{"image":', headers={"content-type": "application/json"}), 400
     )
@@ -290,6 +290,11 @@ def test_malformed_requests_are_refused_in_one_shape(server: Server) -> None:
     error_of(httpx.post(f"{server.url}/generate"), 400)
     error_of(httpx.get(f"{server.url}/generate"), 405)
     error_of(httpx.get(f"{server.url}/nothing/here"), 404)
+    wrong = httpx.post(f"{server.url}/generate", files={"image": PICTURE.open("rb")}, data={"steps": "my password"})
+    assert "steps" in error_of(wrong, 400)["message"]
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert "my password" not in log
 
 
 def test_no_url_is_fetched_on_a_callers_behalf(server: Server, short_voice: Path) -> None:
@@ -318,6 +323,7 @@ def test_a_caller_that_goes_away_cancels_its_video(server: Server, voice: Path) 
     while (job := server.newest()).state != "cancelled":
         assert time.monotonic() < deadline, job
         time.sleep(0.1)
+    assert "Traceback" not in server.log.read_text()
 
 
 def finish(server: Server, job_id: str) -> Job:
