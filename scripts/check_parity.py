@@ -21,6 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from infinitetalk.errors import InputError  # first: our package silences what diffusers imports
+
+# isort: split
 import numpy as np
 import soundfile
 import torch
@@ -37,7 +40,6 @@ from avatar_api.media import read_voice
 from infinitetalk import checkpoints, label_rope
 from infinitetalk.audio import VoiceFeatures, arrange, frame_count, normalize_loudness
 from infinitetalk.color import match_color
-from infinitetalk.errors import InputError
 from infinitetalk.geometry import (
     BUCKETS,
     BUCKETS_480P,

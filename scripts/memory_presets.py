@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from infinitetalk.errors import CheckpointError  # first: our package silences what diffusers imports
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
@@ -29,7 +32,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from infinitetalk import checkpoints
 from infinitetalk.checkpoints import FLOAT32_PARTS
-from infinitetalk.errors import CheckpointError
 from infinitetalk.geometry import BUCKETS
 from infinitetalk.memory import GB, PRESETS, Preset
 from infinitetalk.quantization import linear_weights
