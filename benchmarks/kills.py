@@ -204,7 +204,7 @@ def prove(
             again = [key for *key, at in begun if float(at) > recorded[key[0], int(key[1])] + SAME_CLOCK]
             states = Counter(job.state for job in store.all())
             told = Counter(job for job, _ in events)
-            pieces = _pieces(product.home, store)
+            left = pieces(product.home, store)
             _a_day_later(product, store)
             orphans = set(_folders(product.home)) - {job.id for job in store.all()}
             for video in (*kinds, *made):
@@ -224,9 +224,9 @@ def prove(
                 never_told=len(set(made) - set(told)),
                 wrong_videos=sum(not is_right for is_right in made.values()),
                 recorded_and_begun_again=len(again),
-                pieces_left=pieces,
+                pieces_left=left,
                 left_after_a_day=len(orphans),
-                left_after_deleting=sum(1 for _ in _files(product.home / "jobs", product.temporary)),
+                left_after_deleting=sum(1 for _ in files_in(product.home / "jobs", product.temporary)),
             )
 
 
@@ -241,13 +241,14 @@ def _folders(home: Path) -> list[str]:
     return [folder.name for folder in (home / "jobs").iterdir()]
 
 
-def _files(*folders: Path) -> Iterator[Path]:
+def files_in(*folders: Path) -> Iterator[Path]:
     return (file for folder in folders for file in folder.rglob("*") if file.is_file())
 
 
-def _pieces(home: Path, store: JobStore) -> int:
+def pieces(home: Path, store: JobStore) -> int:
+    """How many files there are in the folders of finished jobs that are neither inputs nor the video."""
     kept = {job.id: {*job.spec["files"], job.result["video"]} for job in store.all() if job.result}
-    return sum(file.name not in kept[file.parent.name] for file in _files(home / "jobs") if file.parent.name in kept)
+    return sum(file.name not in kept[file.parent.name] for file in files_in(home / "jobs") if file.parent.name in kept)
 
 
 def _a_day_later(product: Supervised, store: JobStore) -> None:

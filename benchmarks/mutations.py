@@ -384,14 +384,22 @@ def judge(sent: Sent, status: int, headers: dict[str, str], body: bytes) -> str 
     if body == b"Invalid HTTP request received.":  # uvicorn's: what was sent is no HTTP, so no app has seen it
         return None
     try:
-        error = json.loads(body)["error"]
-        right = set(error) == {"type", "code", "message", "param"} and error["type"] == "invalid_request_error"
-        right = right and len(error["message"]) > 10 and headers["content-type"] == "application/json"
+        right = is_of_the_caller(json.loads(body)["error"]) and headers["content-type"] == "application/json"
     except (ValueError, KeyError, TypeError):
         right = False
-    if not right or b"Traceback" in body or b'File \\"' in body:
+    if not right:
         return f"{status}, not in our shape: {body[:300]!r}"
     return None
+
+
+def is_of_the_caller(error: Any) -> bool:
+    """Is this the object that tells callers of a mistake of theirs, and of nothing else?"""
+    return (
+        set(error) == {"type", "code", "message", "param"}
+        and error["type"] == "invalid_request_error"
+        and len(error["message"]) > 10
+        and not any(trace in error["message"] for trace in ("Traceback", 'File "'))
+    )
 
 
 # The proof

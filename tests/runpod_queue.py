@@ -4,6 +4,7 @@ A job is somebody's from its taking until it is answered. RunPod gives a job aga
 `lost` says so.
 """
 
+import base64
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import psutil  # type: ignore[import-untyped]
 
-from scripts.start import settings_for
+from scripts.start import VOLUME, settings_for
 
 REPOSITORY = Path(__file__).parent.parent
 POLL_SECONDS = 0.5  # how long a question for a job is left waiting
@@ -200,13 +201,16 @@ class Worker:
 
     def __init__(self, api: JobApi, home: Path, volume: Path | None = None, **settings: object) -> None:
         """settings: of the service, by their names."""
+        self.temporary = home.parent / f"{home.name}-queue-temporary"
         values = {"home": home, "auth": "off", "allowed_hosts": "127.0.0.1", **settings}
         own = {f"AVATAR_{name.upper()}": str(value) for name, value in values.items()}
+        own["TMPDIR"] = str(self.temporary)
         self._environment = {**os.environ, **settings_for(api.environment), **api.environment, **own}
         self._log = home.parent / f"{home.name}-queue.log"
-        self._command = [sys.executable, "-m", "tests.runpod_queue", str(volume or "/runpod-volume")]
+        self._command = [sys.executable, "-m", "tests.runpod_queue", str(volume or VOLUME)]
 
     def __enter__(self) -> Self:
+        self.temporary.mkdir(parents=True)
         self.start()
         return self
 
@@ -235,6 +239,10 @@ class Worker:
     @property
     def log(self) -> str:
         return self._log.read_text()
+
+
+def data_uri(content: bytes) -> str:
+    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
 
 
 def eventually(true: Callable[[], object], otherwise: str = "it never came about") -> None:

@@ -37,6 +37,15 @@ class Footprint:
     """Descriptors, sockets included."""
     threads: int
 
+    @classmethod
+    def of(cls, process: psutil.Process) -> "Footprint":
+        status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        resident, peak = (
+            next(int(line.split()[1]) for line in status if line.startswith(name)) * 1024 / MB
+            for name in ("VmRSS", "VmHWM")
+        )
+        return cls(resident, peak, process.num_fds(), process.num_threads())
+
 
 class Served:
     """A context manager: within it the service runs at `url`."""
@@ -111,13 +120,7 @@ class Served:
         self._processes[role].kill()
 
     def footprint(self, role: str = "avatar_api") -> Footprint:
-        process = self._processes[role]
-        status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        resident, peak = (
-            next(int(line.split()[1]) for line in status if line.startswith(name)) * 1024 / MB
-            for name in ("VmRSS", "VmHWM")
-        )
-        return Footprint(resident, peak, process.num_fds(), process.num_threads())
+        return Footprint.of(self._processes[role])
 
     def forget_peak(self) -> None:
         Path(f"/proc/{self._processes['avatar_api'].pid}/clear_refs").write_text("5")

@@ -41,7 +41,7 @@ from tests.stand_in import StandIn
 
 REPOSITORY = Path(__file__).parent.parent
 RUNNERS = 2
-START_SECONDS = 120
+START_SECONDS = 600
 JOBS = JobSettings(beat=0.2, poll=0.05, attempts=20)
 """Attempts: kills by chance hit one clip more often than the three times after which a job counts as deadly."""
 WEBHOOKS = WebhookTimes(claim=3, poll=0.1, retries=(0.5,) * 20)

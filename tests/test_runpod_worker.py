@@ -28,17 +28,13 @@ from avatar_api.worker import GPU_FAILED, run, work
 from infinitetalk.errors import InputError
 from tests.buckets import S3Server, s3_fixture, s3_server_fixture
 from tests.conftest import REPOSITORY
-from tests.runpod_queue import PATIENCE, Asked, JobApi, Worker, eventually
+from tests.runpod_queue import PATIENCE, Asked, JobApi, Worker, data_uri, eventually
 from tests.stand_in import FRAMES, StandIn
 
 __all__ = ["s3_fixture", "s3_server_fixture"]
 
 PICTURE = REPOSITORY / "examples" / "portrait.png"
 CLIPS = 3
-
-
-def data_uri(content: bytes) -> str:
-    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
 
 
 def voice(clips: int = CLIPS) -> bytes:

@@ -169,9 +169,9 @@ class Container:
         children = psutil.Process(first).children(recursive=True)
         return next(child for child in children if "avatar_runner" in child.cmdline())
 
-    def stop(self) -> int:
-        """As `docker stop` does. The exit status."""
-        self.engine.run("podman", "stop", "--time", "60", self.name)
+    def stop(self, seconds: int = 60) -> int:
+        """As `docker stop` does, with so much patience. The exit status."""
+        self.engine.run("podman", "stop", "--time", seconds, self.name)
         return self.process.wait(60)
 
 

@@ -1,5 +1,6 @@
 """The image as its users meet it: built both ways, pushed, pulled, run, and asked for videos."""
 
+import base64
 import json
 import tarfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from avatar_api.protos.avatar_pb2_grpc import AvatarServiceStub
 from tests.conftest import REPOSITORY
 from tests.image.conftest import REPOSITORIES, TOKEN, Built, import_models
 from tests.image.engine import READY, Container, Engine, serving
+from tests.runpod_queue import JobApi, data_uri, eventually
 
 GUIDE = """\
 cd /app/InfiniteTalk
@@ -125,6 +127,53 @@ def test_a_killed_runner_is_started_again_in_a_container_too(container: Containe
     container.wait_for("Models loaded", times=2)
     assert container.runner().pid != killed.pid
     assert generate(container) == video
+
+
+def test_what_the_start_took_is_told_from_the_verification_on(container: Container, video: bytes) -> None:
+    told = httpx.get(f"{container.url}/metrics").text
+    for part in ("verify", "transformer", "first_video"):
+        assert f'avatar_start_seconds{{part="{part}"}}' in told
+
+
+class TestOnRunPodsQueue:
+    """The same image, with what RunPod sets in the environment of a queue endpoint's worker; its job API is on
+    loopback."""
+
+    @pytest.fixture(scope="class")
+    def api(self) -> JobApi:
+        return JobApi()
+
+    @pytest.fixture(scope="class")
+    def worker(
+        self, engine: Engine, pulled: str, api: JobApi, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Container]:
+        given = [part for name, value in api.environment.items() for part in ("--env", f"{name}={value}")]
+        with serving(engine, pulled, tmp_path_factory.mktemp("worker"), *given) as running:
+            yield running
+
+    @staticmethod
+    def wanted(**values: Any) -> dict[str, Any]:
+        files = {"input_reference": "portrait.png", "audio": "voice.wav"}
+        sent = {name: data_uri((REPOSITORY / "examples" / file).read_bytes()) for name, file in files.items()}
+        return VIDEO | sent | values
+
+    def test_a_job_is_answered_with_the_very_video_that_http_gives(
+        self, api: JobApi, worker: Container, video: bytes
+    ) -> None:
+        job = api.answer("image-u1", self.wanted())
+        assert base64.b64decode(job.output["video_base64"]) == video
+        assert job.output["frames"] == FRAMES
+        assert job.taken == len(job.answers) == 1
+        assert job.progress[0]["percent"] < 100
+        assert api.unauthorized == 0
+
+    def test_sigterm_lets_it_finish_the_job_that_it_has_and_take_no_other(self, api: JobApi, worker: Container) -> None:
+        job = api.ask("drained-u1", self.wanted(steps=200))
+        eventually(lambda: any("step" in told for told in job.progress))
+        later = api.ask("later-u1", self.wanted())
+        assert worker.stop(seconds=600) == 0, worker.log
+        assert job.output["frames"] == FRAMES
+        assert later.taken == 0
 
 
 def test_what_gpus_runpod_and_torch_compile_need_is_there(engine: Engine, pulled: str) -> None:
