@@ -8,6 +8,7 @@ They share a database and a folder, and no call of any length: either may be kil
 import asyncio
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -25,7 +26,7 @@ from fastapi.responses import Response
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from avatar_api import grpc_server, logs, metrics, runpod_balanced
+from avatar_api import grpc_server, loading, logs, metrics, runpod_balanced
 from avatar_api.auth import Authenticated, Keys, client_of
 from avatar_api.database import OUTAGES
 from avatar_api.grpc_server import GrpcServer
@@ -48,7 +49,6 @@ from avatar_api.storage import open_storage
 from avatar_api.videos import REFUSABLE, Videos, describe, failure
 from avatar_api.webhooks import Webhooks
 from container import image
-from infinitetalk.errors import CheckpointError, InputError, RankError
 
 logger = logging.getLogger("avatar_api")
 logs.set_up(ServiceSettings().log_format)
@@ -83,6 +83,12 @@ class ImportedModel(BentoModel):
             raise BentoMLException(f"Model {self.tag} is not in the model store; import it: {command}") from error
 
 
+@bentoml.on_deployment
+def watch_over_loading() -> None:
+    """Of both services: a runner may serve alone, and beside an API its environment is set before it is asked."""
+    loading.end_when_given_up(ServiceSettings().home)
+
+
 @bentoml.service(
     name="avatar_runner",
     workers=1,
@@ -101,14 +107,17 @@ class AvatarRunner:
     def __init__(self) -> None:
         self.ready = False
         self._shutdown = Shutdown()
-        self._thread = threading.Thread(target=self._load_and_work, name="runner")
+        self._thread = threading.Thread(target=self._run, name="runner")
         self._thread.start()
 
+    def _run(self) -> None:
+        try:
+            self._load_and_work()
+        except Exception:
+            logger.critical("The runner failed; this process exits and is started again", exc_info=True)
+            os._exit(loading.AGAIN_EXIT)
+
     def _load_and_work(self) -> None:
-        import torch
-
-        from avatar_api.worker import load, work
-
         settings = ServiceSettings()
         settings.home.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
@@ -118,17 +127,18 @@ class AvatarRunner:
             self.wav2vec2,
         ]  # stored models, once BentoML has resolved them
         wan, infinitetalk, wav2vec2 = (Path(model.path) for model in models)
-        load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
-        try:
+        store = JobStore(settings.database)  # where the database is away, nothing is loaded
+        with loading.attempt(self._shutdown):
+            from avatar_api.worker import load, work  # with torch
+
+            load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
             pipeline = load_models(settings.memory)
-        except (CheckpointError, InputError, RankError, torch.OutOfMemoryError) as error:
-            logger.critical("The models cannot be loaded: %s", error)
-            return
         logger.info("Models loaded on %s in %.1f s; %s", pipeline.device, time.monotonic() - started, pipeline.memory)
-        store = JobStore(settings.database)
         owner = runner_name(settings.home, str(pipeline.device))
         self.ready = True
         work(store, pipeline, open_storage(settings), owner, self._shutdown, load_models)
+
+    watch_over_loading = watch_over_loading
 
     def __is_ready__(self) -> bool:
         return self.ready
@@ -186,6 +196,8 @@ class AvatarApi:
             async with asyncio.timeout(SCRAPE_SECONDS):
                 jobs = await asyncio.to_thread(self.store.counts)
         return counted + metrics.queue(None if jobs is None else {state: jobs.get(state, 0) for state in STATES})
+
+    watch_over_loading = watch_over_loading
 
     @bentoml.on_deployment
     def check_grpc() -> None:
