@@ -4,7 +4,8 @@
     code = examine(source, protected, own)                  # read once: digests, and nothing in it that must not be
     for blob, content in wanted(source, code.layers): ...   # read again, to send
 
-An engine's image comes through a pipe, `podman save` or `docker save`, and is never written to a disk.
+An engine's image comes through a pipe, `podman save` or `docker save`. podman, before it sends a layer, writes it into a
+file in TMPDIR (/var/tmp), one after the other: the scratch disk of a push is its largest layer of code.
 """
 
 import json
