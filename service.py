@@ -26,7 +26,7 @@ from fastapi.responses import Response
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from avatar_api import grpc_server, logs, metrics, runpod_balanced
+from avatar_api import grpc_server, loading, logs, metrics, runpod_balanced
 from avatar_api.auth import Authenticated, Keys, client_of
 from avatar_api.bentoml_patches import adapt_forms, count_by_route, end_with_the_answer, log_failures_only
 from avatar_api.database import OUTAGES
@@ -44,7 +44,6 @@ from avatar_api.storage import open_storage
 from avatar_api.videos import POLL_SECONDS, Videos, describe
 from avatar_api.webhooks import Webhooks
 from container import image
-from infinitetalk.errors import CheckpointError, InputError, RankError
 
 logger = logging.getLogger("avatar_api")
 logs.set_up(ServiceSettings().log_format)
@@ -83,6 +82,12 @@ class ImportedModel(BentoModel):
             raise BentoMLException(f"Model {self.tag} is not in the model store; import it: {command}") from error
 
 
+@bentoml.on_deployment
+def watch_over_loading() -> None:
+    """Of both services: a runner may serve alone, and beside an API its environment is set before it is asked."""
+    loading.end_when_given_up()
+
+
 @bentoml.service(
     name="avatar_runner",
     workers=1,
@@ -101,14 +106,17 @@ class AvatarRunner:
     def __init__(self) -> None:
         self.ready = False
         self._shutdown = Shutdown()
-        self._thread = threading.Thread(target=self._load_and_work, name="runner")
+        self._thread = threading.Thread(target=self._run, name="runner")
         self._thread.start()
 
+    def _run(self) -> None:
+        try:
+            self._load_and_work()
+        except Exception:
+            logger.critical("The runner failed; this process exits and is started again", exc_info=True)
+            os._exit(loading.AGAIN_EXIT)
+
     def _load_and_work(self) -> None:
-        import torch
-
-        from avatar_api.worker import load, work
-
         settings = ServiceSettings()
         settings.home.mkdir(parents=True, exist_ok=True)
         if (verified := os.environ.get("AVATAR_VERIFY_SECONDS")) is not None:  # in the image, by container/start.py
@@ -116,17 +124,18 @@ class AvatarRunner:
         started = time.monotonic()
         stored: list[Any] = [self.wan, self.infinitetalk, self.wav2vec2]  # which is what BentoML makes of them
         wan, infinitetalk, wav2vec2 = (Path(model.path) for model in stored)
-        load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
-        try:
+        store = JobStore(settings.database)  # where the database is away, nothing is loaded
+        with loading.attempt(self._shutdown):
+            from avatar_api.worker import load, work  # with torch
+
+            load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
             pipeline = load_models(settings.memory)
-        except (CheckpointError, InputError, RankError, torch.OutOfMemoryError) as error:
-            logger.critical("The models cannot be loaded: %s", error)
-            return
         logger.info("Models loaded on %s in %.1f s; %s", pipeline.device, time.monotonic() - started, pipeline.memory)
-        store = JobStore(settings.database)
         owner = runner_name(settings.home, str(pipeline.device))
         self.ready = True
         work(store, pipeline, open_storage(settings), owner, self._shutdown, load_models)
+
+    watch_over_loading = watch_over_loading
 
     def __is_ready__(self) -> bool:
         return self.ready
@@ -184,6 +193,8 @@ class AvatarApi:
             async with asyncio.timeout(SCRAPE_SECONDS):
                 jobs = await asyncio.to_thread(self.store.counts)
         return counted + metrics.queue(None if jobs is None else {state: jobs.get(state, 0) for state in STATES})
+
+    watch_over_loading = watch_over_loading
 
     @bentoml.on_deployment
     def check_grpc() -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import httpx2
 
+from avatar_api import loading
+
 logger = logging.getLogger(__name__)
 
 MARK = "AVATAR_SIDECAR"
@@ -62,6 +64,10 @@ class Sidecar:
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(STOP_SECONDS)
+            elif process.returncode == loading.EXIT_STATUS:
+                logger.critical("the models cannot be loaded: this worker ends, too")
+                self._end_leftovers()
+                os._exit(loading.EXIT_STATUS)
             elif not self._stopping.is_set():
                 logger.critical("the server ended with %s; it is started again", process.returncode)
                 self._stopping.wait(AGAIN_SECONDS)

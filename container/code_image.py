@@ -4,7 +4,8 @@
     code = examine(source, protected, own)                  # read once: digests, and nothing in it that must not be
     for blob, content in wanted(source, code.layers): ...   # read again, to send
 
-An engine's image comes through a pipe, `podman save` or `docker save`, and is never written to a disk.
+An engine's image comes through a pipe, `podman save` or `docker save`. podman writes each layer into a file in TMPDIR
+(/var/tmp) before it sends it, one after the other: the scratch disk of a push is its largest layer of code.
 """
 
 import json
@@ -24,7 +25,7 @@ from container.layers import digest_of_json
 from container.scan import LayerScan, check_config
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
-SMALL = 2**20  # bytes; what is smaller in an archive may be its description, and is kept in memory
+SMALL = 2**24  # bytes; what is smaller in an archive, its description and layers of code, is kept in memory
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class CodeImage:
 
 class Source(Protocol):
     """Where a code image comes from."""
+
+    @property
+    def kept(self) -> Mapping[str, bytes]:
+        """By its name, what was read and need not be read again."""
 
     def fingerprint(self) -> str:
         """As long as it is the same, the image is."""
@@ -106,6 +111,8 @@ def is_json(start: bytes) -> bool:
 class LayoutSource:
     """A folder in the OCI layout: oci:DIR."""
 
+    kept: Mapping[str, bytes] = {}
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
@@ -152,7 +159,7 @@ class ArchiveSource:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._small: dict[str, bytes] = {}
+        self.kept: dict[str, bytes] = {}
         self._links: dict[str, str] = {}
         if not path.is_file():
             raise ImageError(f"docker-archive:{path}: there is no such file.")
@@ -178,9 +185,9 @@ class ArchiveSource:
                     if content is None:
                         continue
                     if member.size <= SMALL:
-                        self._small[name] = content.read()
-                        if not is_json(self._small[name][:64]) and self._small[name]:
-                            yield name, BytesContent(self._small[name], name)
+                        self.kept[name] = content.read()
+                        if not is_json(self.kept[name][:64]) and self.kept[name]:
+                            yield name, BytesContent(self.kept[name], name)
                     else:
                         yield name, StreamContent(content, member.size, name)
         except tarfile.TarError as error:
@@ -188,8 +195,8 @@ class ArchiveSource:
 
     def description(self) -> tuple[dict[str, Any], list[str]]:
         try:
-            (image,) = json.loads(self._small["manifest.json"])
-            config = json.loads(self._small[self._resolved(image["Config"])])
+            (image,) = json.loads(self.kept["manifest.json"])
+            config = json.loads(self.kept[self._resolved(image["Config"])])
             return config, [self._resolved(layer) for layer in image["Layers"]]
         except (KeyError, ValueError, TypeError) as error:
             raise ImageError(f"{self} holds no image, or more than one: {error!r}") from error
@@ -208,7 +215,7 @@ class EngineSource(ArchiveSource):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._small, self._links = {}, {}
+        self.kept, self._links = {}, {}
         engines = [engine for engine in ("podman", "docker") if shutil.which(engine)]
         if not engines:
             raise ImageError(f"{name}: neither podman nor docker is here to ask for it: install one.")
@@ -254,8 +261,10 @@ class EngineSource(ArchiveSource):
 
 
 def wanted(source: Source, layers: Sequence[Blob]) -> Iterator[tuple[Blob, Content]]:
-    """Read the image again, for those layers of it."""
+    """Those layers of the image; it is read again for what is not kept of it."""
     missing = {layer.name: layer for layer in layers}
+    for name in missing.keys() & source.kept.keys():
+        yield missing.pop(name), BytesContent(source.kept[name], name)
     for name, content in source.contents() if missing else ():
         if name in missing:
             yield missing.pop(name), content

@@ -146,7 +146,7 @@ def plan_model(model: StoredModel) -> Iterator[Layer]:
         for path, entry in sorted(model.lock["files"].items())
     ]
     groups = [[file] for file in files if file.size >= LARGE]
-    room = 0
+    room = -1  # not even for an empty file
     for file in (file for file in files if file.size < LARGE):
         if file.size > room:
             groups.append([])

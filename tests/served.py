@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 from models.store import Model, write_model_yaml
 
 REPOSITORY = Path(__file__).parent.parent
-START_SECONDS = 180
+START_SECONDS = END_SECONDS = 600
 MODELS = ("wan2.1-i2v-14b-480p", "infinitetalk", "chinese-wav2vec2-base")
 MB = 1e6
 
@@ -77,7 +77,7 @@ class Served:
             "TMPDIR": str(self.temporary),
         } | {f"AVATAR_{name.upper()}": str(value) for name, value in {"auth": "off", "home": home, **settings}.items()}
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         for name in MODELS:  # BentoML wants them there; nobody reads them
             folder = self.home / "bentoml" / "models" / name / "1"
             folder.mkdir(parents=True)
@@ -87,12 +87,19 @@ class Served:
             self._process = subprocess.Popen(
                 self._command, cwd=REPOSITORY, env=self._environment, stdout=output, stderr=output
             )
-        deadline = time.monotonic() + START_SECONDS
+
+    def run(self) -> int:
+        """Start it, in the place of entering it, and wait until it ends by itself. The exit status."""
+        self._start()
         try:
-            while not self._ready():
-                assert self._process.poll() is None, self.log
-                assert time.monotonic() < deadline, self.log
-                time.sleep(0.2)
+            return self._process.wait(END_SECONDS)
+        finally:
+            self.__exit__()
+
+    def __enter__(self) -> Self:
+        self._start()
+        try:
+            self.wait_until_ready()
         except BaseException:
             self.__exit__()
             raise
@@ -110,6 +117,13 @@ class Served:
     @property
     def log(self) -> str:
         return (self.home / "log").read_text()
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self._ready():
+            assert self._process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.2)
 
     def alive(self) -> bool:
         """Are both processes still those that started?"""

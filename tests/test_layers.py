@@ -102,6 +102,17 @@ def test_a_large_file_has_a_layer_of_its_own_and_small_ones_share_layers(
     assert found == [large, small[:1], small[1:]] * 3
 
 
+def test_an_empty_file_is_a_small_one_also_where_it_is_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "LARGE", 100_001)
+    models = small_models()
+    write_store(tmp_path / "home", {**models, FIRST: {".empty": b"", **models[FIRST]}}, monkeypatch)
+    large, small = plan(read_store())[:2]
+    assert [Path(file.path).name for file in large.files] == ["model-00001-of-00002.safetensors"]
+    assert Path(small.files[0].path).name == ".empty"
+
+
 def test_a_file_that_changes_changes_only_its_own_layer_and_the_registration(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

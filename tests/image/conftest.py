@@ -1,6 +1,5 @@
 """What the tests of the image share: each image is built once, from a checkout with secrets lying about in it."""
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.image.engine import Container, Engine, serving
+from tests.image.engine import Container, Engine, copy_checkout, serving
 from tests.image.registries import registry
 from tests.small_hub import SmallHub
 
@@ -37,11 +35,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository as it is here, and a token in three places where people leave one."""
     folder = tmp_path_factory.mktemp("checkout")
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, cwd=REPOSITORY, capture_output=True, check=True).stdout.decode().split("\0"):
-        if name and (REPOSITORY / name).is_file() and not name.startswith("tests/"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, folder / name)
+    copy_checkout(folder)
     identity = ("-c", "user.name=Test", "-c", "user.email=test@example.com")
     for command in (("init", "--quiet"), ("add", "."), (*identity, "commit", "--quiet", "--message", "All")):
         subprocess.run(["git", "-C", folder, *command], check=True)  # noqa: S607

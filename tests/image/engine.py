@@ -41,7 +41,7 @@ events_logger = "file"
 STORAGE = """
 [storage]
 driver = "overlay"
-runroot = "/run/avatar-api-test"
+runroot = "{run}"
 graphroot = "{storage}"
 """
 
@@ -53,7 +53,10 @@ class Engine:
     folder: Path
 
     @classmethod
-    def set_up(cls, folder: Path) -> "Engine":
+    def set_up(
+        cls, folder: Path, storage: Path = CACHE / "storage", run: Path = Path("/run/avatar-api-test")
+    ) -> "Engine":
+        """storage, run: folders for its images and for what ends with this machine."""
         for program in PACKAGES.split():
             if shutil.which(program) is None and program != "runc":
                 pytest.fail(f"{program} is not installed: apt-get install {PACKAGES}")
@@ -78,7 +81,7 @@ class Engine:
         mounts += [f"{folder}/uv.toml:/etc/uv/uv.toml:ro", f"{folder}/pip.conf:/etc/pip.conf:ro"]
         (folder / "building.conf").write_text(CONTAINERS.format(volumes=", ".join(f'"{mount}"' for mount in mounts)))
         (folder / "running.conf").write_text(CONTAINERS.format(volumes=""))
-        (folder / "storage.conf").write_text(STORAGE.format(storage=CACHE / "storage"))
+        (folder / "storage.conf").write_text(STORAGE.format(storage=storage, run=run))
         engine = cls(folder)
         engine.import_base()
         return engine
@@ -126,12 +129,21 @@ class Engine:
             path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
             self.run("podman", "import", "--change", f"ENV {path}", archive, BASE)
 
-    def refused(self, image: str, *options: object, command: tuple[str, ...] = ()) -> str:
+    def refused(self, image: str, *options: object, command: tuple[str, ...] = (), status: int = 1) -> str:
         """What a container says that ends by itself with an error."""
         run = ["podman", "run", "--rm", "--network", "none", *map(str, options), image, *command]
         done = subprocess.run(run, env=self.environment(), capture_output=True, text=True)
-        assert done.returncode == 1, done.stdout + done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
         return done.stderr
+
+
+def copy_checkout(folder: Path) -> None:
+    """The repository as it is here, but for what git ignores and the tests."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=REPOSITORY, capture_output=True, check=True).stdout.decode().split("\0"):
+        if name and (REPOSITORY / name).is_file() and not name.startswith("tests/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
 
 
 @dataclass

@@ -17,11 +17,13 @@ import pytest
 
 from container import layers
 from container import registry as client
-from container.code_image import TAR, Blob
+from container.code_image import TAR, Blob, open_source
 from container.content import Content
+from container.digests import Digests
 from container.errors import ImageError
 from container.layers import STORE
-from container.push import Row, check_limits
+from container.outputs import open_output
+from container.push import Row, check_limits, push, survey_image
 from container.registry import Reference, Registry
 from scripts.push_image import main
 from tests.conftest import REPOSITORY
@@ -109,6 +111,15 @@ def test_an_image_arrives_whole_with_the_models_at_the_bottom(host: str, code: s
         **{f"avatar-api.model.{name}": f"owner/{name}@0123456789ab{28 * 'c'}" for name in small_models()},
     }
     assert manifest["annotations"] == {"org.opencontainers.image.version": "0.1.0"}
+
+
+def test_layers_of_new_code_are_not_read_a_second_time(host: str, code: str, tmp_path: Path) -> None:
+    digests = Digests()
+    output = open_output(f"{host}/me/avatar:v1", digests)
+    survey = survey_image(layers.read_store(), open_source(code), output, digests)
+    (tmp_path / "code.tar").unlink()
+    push(survey, output, digests, replace=False, report=lambda *_: None)
+    assert files_of(host, "me/avatar:v1")["home/bentoml/bento/src/service.py"] == b"print(1)"
 
 
 def test_skopeo_accepts_it_from_a_registry_a_layout_and_an_archive(host: str, code: str, tmp_path: Path) -> None:
