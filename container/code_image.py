@@ -2,10 +2,10 @@
 
     source = open_source("localhost/avatar-api:latest")     # or oci:DIR, docker-archive:FILE
     code = examine(source, protected, own)                  # read once: digests, and nothing in it that must not be
-    for blob, content in wanted(source, code.layers): ...   # read again, to send
+    for blob, content in wanted(source, code.layers): ...   # and again, to send, where it is large
 
-An engine's image comes through a pipe, `podman save` or `docker save`. podman, before it sends a layer, writes it into a
-file in TMPDIR (/var/tmp), one after the other: the scratch disk of a push is its largest layer of code.
+An engine's image comes through a pipe, `podman save` or `docker save`. podman writes each layer, before it sends it,
+into a file in TMPDIR (/var/tmp), one after the other: the scratch disk of a push is its largest layer of code.
 """
 
 import json
