@@ -2,7 +2,7 @@
 
     source = open_source("localhost/avatar-api:latest")     # or oci:DIR, docker-archive:FILE
     code = examine(source, protected, own)                  # read once: digests, and nothing in it that must not be
-    for blob, content in wanted(source, code.layers): ...   # read again, to send
+    for blob, content in wanted(source, code.layers): ...   # and again, to send, where it is large
 
 An engine's image comes through a pipe, `podman save` or `docker save`. podman writes each layer into a file in TMPDIR
 (/var/tmp) before it sends it, one after the other: the scratch disk of a push is its largest layer of code.

@@ -20,8 +20,8 @@ GB, GIB = 1e9, 2**30
 GUIDE = {"Wan2.1-I2V-14B-480P": 77 * GIB, "chinese-wav2vec2-base": 1.5 * GIB, "InfiniteTalk": 158 * GIB}
 """The guide's sizes. Its GB are GiB: the files are 254 of the GB that disks and networks are sold by."""
 
-PLAIN_SCRATCH = 5.3
-"""`bentoml containerize` by podman: peak of extra disk, in bytes per byte of models. Measured with 1.5 GB of them."""
+PLAIN_SCRATCH = 5.0
+"""`bentoml containerize` by podman: peak of extra disk, in bytes per byte of models: benchmarks/containerize.py."""
 GZIP_RATE = 34e6
 """Bytes a second that gzip, which plain containerize sends the models through, takes in. Measured on one core."""
 HASH_RATE = 300e6

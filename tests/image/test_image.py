@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from avatar_api.footage import Footage
+from avatar_api.loading import EXIT_STATUS
 from avatar_api.protos import avatar_pb2 as pb
 from avatar_api.protos.avatar_pb2_grpc import AvatarServiceStub
 from tests.conftest import REPOSITORY
@@ -36,6 +37,7 @@ VIDEO: dict[str, Any] = {"prompt": "A woman talks.", "size": "64x64", "steps": 1
 FRAMES = 10  # 0.4 s at 25 per second
 
 MODELS = "/home/bentoml/bento/models"
+ENTRY_POINT = "/home/bentoml/bento/env/docker/entrypoint.sh"
 
 
 def generate(container: Container) -> bytes:
@@ -207,33 +209,31 @@ def test_skopeo_copies_it_out_of_the_registry(engine: Engine, pushed: Built, tmp
     assert {digest: (tmp_path / digest).stat().st_size for digest in sizes} == sizes
 
 
-def test_a_model_file_that_is_missing_stops_it_and_is_named(engine: Engine, pulled: str) -> None:
-    lost = model_file(engine, pulled, "Wan2.1_VAE.pth")
-    command = ("-c", f"rm {lost} && exec /home/bentoml/bento/env/docker/entrypoint.sh")
-    said = engine.refused(pulled, "--entrypoint", "bash", command=command)
-    assert said.startswith(f"error: {lost} is missing.\nPull the image again")
+@pytest.mark.parametrize(
+    ("verify", "damage", "complaint"),
+    [
+        pytest.param("sizes", "rm {}", "{} is missing.\nPull the image again", id="missing"),
+        pytest.param("sizes", "truncate -s 99 {}", "{} has 99 bytes instead of ", id="cut"),
+        pytest.param("sizes", "chmod 0 {}", "{} cannot be read by uid 1034: chmod -R a+rX", id="locked"),
+        pytest.param("full", "printf x | dd of={} conv=notrunc", "{} is damaged: its sha256 is not", id="changed"),
+    ],
+)
+def test_a_model_file_that_is_damaged_stops_it_and_is_named(
+    engine: Engine, pulled: str, verify: str, damage: str, complaint: str
+) -> None:
+    file = model_file(engine, pulled, "Wan2.1_VAE.pth")
+    command = ("-c", f"{damage.format(file)} 2> /dev/null && exec {ENTRY_POINT}")
+    said = engine.refused(pulled, "--env", f"AVATAR_VERIFY={verify}", "--entrypoint", "bash", command=command)
+    assert said.startswith(f"error: {complaint.format(file)}")
 
 
-def test_a_model_file_that_is_cut_off_stops_it_and_is_named(engine: Engine, pulled: str) -> None:
-    cut = model_file(engine, pulled, "Wan2.1_VAE.pth")
-    command = ("-c", f"truncate -s 99 {cut} && exec /home/bentoml/bento/env/docker/entrypoint.sh")
-    said = engine.refused(pulled, "--entrypoint", "bash", command=command)
-    assert said.startswith(f"error: {cut} has 99 bytes instead of ")
-
-
-def test_a_model_file_that_cannot_be_read_stops_it_and_is_named(engine: Engine, pulled: str) -> None:
-    shut = model_file(engine, pulled, "Wan2.1_VAE.pth")
-    command = ("-c", f"chmod 0 {shut} && exec /home/bentoml/bento/env/docker/entrypoint.sh")
-    said = engine.refused(pulled, "--entrypoint", "bash", command=command)
-    assert said.startswith(f"error: {shut} cannot be read by uid 1034: chmod -R a+rX the mounted store.")
-
-
-def test_full_verification_finds_a_changed_byte(engine: Engine, pulled: str) -> None:
-    damaged = model_file(engine, pulled, "Wan2.1_VAE.pth")
-    change = f"printf x | dd of={damaged} bs=1 seek=5000 conv=notrunc status=none"
-    command = ("-c", f"{change} && exec /home/bentoml/bento/env/docker/entrypoint.sh")
-    said = engine.refused(pulled, "--env", "AVATAR_VERIFY=full", "--entrypoint", "bash", command=command)
-    assert said.startswith(f"error: {damaged} is damaged: its sha256 is not the one in snapshot.lock.json.")
+def test_models_that_are_whole_and_cannot_be_loaded_end_it_with_a_status_of_their_own(
+    engine: Engine, pulled: str
+) -> None:
+    more = f"""sed -i 's/"num_layers": 2/"num_layers": 7/' {MODELS}/wan2.1-i2v-14b-480p/*/config.json"""
+    command = ("-c", f"{more} && exec {ENTRY_POINT}")
+    said = engine.refused(pulled, "--entrypoint", "bash", command=command, status=EXIT_STATUS)
+    assert said.splitlines()[-1].startswith(f"error: The models cannot be loaded: {MODELS}/wan2.1-i2v-14b-480p/")
 
 
 def test_an_unknown_way_to_verify_is_refused(engine: Engine, pulled: str) -> None:
