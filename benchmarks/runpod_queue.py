@@ -50,7 +50,7 @@ from tests.runpod_queue import Asked, JobApi, Worker, data_uri, eventually
 from tests.served import Footprint
 from tests.supervised import RUNNERS, Supervised
 
-MOMENT = 2.0  # seconds: when the worker has had a job for so long, it has been killed
+MOMENT = 2.0  # seconds: within so many of a job's taking comes a kill
 WRONG_EVERY = 7  # jobs, under kills, has a size that is none
 KINDS = [{"seed": seed, "clips": clips, "steps": 100} for seed, clips in enumerate((1, 3, 2))]
 WARM = 200  # malformed inputs, until everything was used once
@@ -69,12 +69,24 @@ class Figures:
     errors_of_callers: int = 0
     seconds: float = 0
     warm: str = ""
-    """What the queue worker, the first runner held after the first inputs."""
+    """What the queue worker and a runner held after the first inputs."""
     after: str = ""
+    """And after all."""
     files_left: int = 0
     """Temporary ones, those without a job, and pieces of finished videos."""
     wrong: list[str] = field(default_factory=list)
     """What must not be, by job."""
+
+    def note(self, job: Asked, problem: str | None) -> None:
+        """Count a job's answer. problem: what is wrong with it."""
+        if len(job.answers) != 1:
+            problem = f"answered {len(job.answers)} times"
+        if problem is not None:
+            self.wrong.append(f"{job.id}: {problem}")
+        elif "error" in job.answers[0]:
+            self.errors_of_callers += 1
+        else:
+            self.right_videos += 1
 
 
 # Under kills
@@ -121,13 +133,11 @@ def under_kills(
             eventually(partial(getattr, job, "answers"), f"{job.id} was not answered")
             figures.given_again += again
     for number, job in enumerate(asked):
-        if len(job.answers) != 1:
-            figures.wrong.append(f"{job.id}: answered {len(job.answers)} times")
-        elif _wrong(number):
-            _count(figures, job.id, _unlike_an_error(job.answers[0], "size"), "errors_of_callers")
+        if _wrong(number):
+            figures.note(job, _unlike_an_error(job.answers[0], "size"))
         else:
             same = job.answers[0].get("output", {}).get("video_base64") == right[number % len(KINDS)]
-            _count(figures, job.id, None if same else f"another video: {str(job.answers[0])[:200]}", "right_videos")
+            figures.note(job, None if same else f"another video: {str(job.answers[0])[:200]}")
     figures.seconds = round(time.monotonic() - begun, 1)
     return figures
 
@@ -165,12 +175,8 @@ def malformed(
             figures.wrong.append(worker.log.partition("Traceback")[2][:2000])
         figures.files_left = _left(product, worker)
     for job in api.jobs.values():
-        if len(job.answers) != 1:
-            figures.wrong.append(f"{job.id}: answered {len(job.answers)} times")
-        elif "error" in job.answers[0]:
-            _count(figures, job.id, _unlike_an_error(job.answers[0]), "errors_of_callers")
-        else:
-            _count(figures, job.id, _unlike_a_video(job.answers[0]["output"]), "right_videos")
+        answer = job.answers[0]
+        figures.note(job, _unlike_an_error(answer) if "error" in answer else _unlike_a_video(answer["output"]))
     for name, held, holds in zip(("the worker", "a runner"), before, after, strict=False):
         if holds.resident > held.resident + GROWTH_MB or holds.open_files > held.open_files + GROWTH_FILES:
             figures.wrong.append(f"{name} grew from {held} to {holds}")
@@ -214,13 +220,6 @@ def _left(product: Supervised, worker: Worker) -> int:
 
 
 # Answers
-
-
-def _count(figures: Figures, job: str, problem: str | None, name: str) -> None:
-    if problem is None:
-        setattr(figures, name, getattr(figures, name) + 1)
-    else:
-        figures.wrong.append(f"{job}: {problem}")
 
 
 def _unlike_an_error(answer: dict[str, Any], param: str | None = None) -> str | None:

@@ -210,7 +210,7 @@ class Worker:
         self._command = [sys.executable, "-m", "tests.runpod_queue", str(volume or VOLUME)]
 
     def __enter__(self) -> Self:
-        self.temporary.mkdir(parents=True)
+        self.temporary.mkdir(parents=True, exist_ok=True)  # a worker that takes the place of another
         self.start()
         return self
 
