@@ -1,9 +1,9 @@
 """Deploy the image as a serverless endpoint on RunPod, and look after it, through its REST API (version 2).
 
-    python -m scripts.deploy_runpod deploy FILE [--dry-run]     create what is not there, update what is
-    python -m scripts.deploy_runpod status FILE
-    python -m scripts.deploy_runpod logs FILE
-    python -m scripts.deploy_runpod delete FILE
+    python scripts/deploy_runpod.py deploy FILE [--dry-run]     create what is not there, update what is
+    python scripts/deploy_runpod.py status FILE
+    python scripts/deploy_runpod.py logs FILE
+    python scripts/deploy_runpod.py delete FILE
 
 FILE says what is wanted; scripts/runpod.toml is one. RUNPOD_API_KEY is the key. Template and endpoint are found again
 by their name. Secrets are only named: RunPod keeps them, and puts them into a worker's environment. A dry run reads,
@@ -24,6 +24,8 @@ from typing import Annotated, Any, Literal
 import httpx2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder
 
 from scripts.estimate import GPUS, speed
 from scripts.start import VOLUME

@@ -1,8 +1,8 @@
 """What it costs to run on RunPod: per second of video, and by the month, against a network volume and hosted services.
 
-    python -m scripts.estimate                                        the guide's example: 100 GPU hours a month, L40S
-    python -m scripts.estimate --gpu H100 --minutes 120 --size 720p   by minutes of video a month
-    python -m scripts.estimate --gpu L40S --dollars-per-hour 1.90     at the price of the day
+    python scripts/estimate.py                                        the guide's example: 100 GPU hours a month, L40S
+    python scripts/estimate.py --gpu H100 --minutes 120 --size 720p   by minutes of video a month
+    python scripts/estimate.py --gpu L40S --dollars-per-hour 1.90     at the price of the day
 
 Where docs/PERFORMANCE.md has no measured speed for a GPU, it is reckoned: the work of the passes, over the card's
 published rate, times what Diffusers reaches of that rate on an H100. Every figure is printed with where it comes from.
