@@ -56,7 +56,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.job_store
 	$(BIN)/python -m benchmarks.long_video --minutes 3 --size 32x32
 
-# That jobs survive, at full length: the better part of an hour.
+# That jobs survive, at full length: some hours.
 proof: .venv/installed
 	$(BIN)/python -m benchmarks.kills
 	$(BIN)/python -m benchmarks.mutations
