@@ -10,6 +10,7 @@ import atexit
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -28,14 +29,13 @@ ATTEMPTS = 3
 AGAIN_EXIT = 75  # a runner's that shall be started again; EX_TEMPFAIL
 KILLED = "the process died while it loaded them: killed by the kernel for memory (dmesg), or by the GPU's driver"
 
-_NOTE = "AVATAR_LOADING_NOTE"  # in the environment of the server's processes: the note's file
+_NOTE, _SERVER = "AVATAR_LOADING_NOTE", "AVATAR_LOADING_SERVER"
+"""In the environment of the server's processes: the note's file, and the first process's number."""
 _SIGNAL_SECONDS = 5.0  # between signals to the first process, which loses one while it starts others
 
 
 @dataclass(frozen=True)
 class _Note:
-    server: int
-    """The first process."""
     attempts: int = 0
     """That have begun in a row and have not succeeded."""
     error: str = ""
@@ -44,7 +44,9 @@ class _Note:
 
     @classmethod
     def read(cls) -> "_Note":
-        return cls(**json.loads(Path(os.environ[_NOTE]).read_text()))
+        """An empty one, where loading has not begun or has succeeded: then there is no file."""
+        file = Path(os.environ[_NOTE])
+        return cls(**json.loads(file.read_text())) if file.exists() else cls()
 
     def write(self) -> None:
         file = Path(os.environ[_NOTE])
@@ -57,15 +59,14 @@ def end_when_given_up() -> None:
     """In the server's first process, before it starts others: when this one ends, it tells why and with what status."""
     if _NOTE in os.environ:  # called for each of its services
         return
-    descriptor, os.environ[_NOTE] = tempfile.mkstemp(prefix="avatar-loading-", suffix=".json")
-    os.close(descriptor)
-    _Note(os.getpid()).write()
+    os.environ[_NOTE] = str(Path(tempfile.gettempdir()) / f"avatar-loading-{secrets.token_hex(8)}.json")
+    os.environ[_SERVER] = str(os.getpid())
     atexit.register(_end)
 
 
 def _end() -> None:
     note = _Note.read()
-    Path(os.environ[_NOTE]).unlink()
+    Path(os.environ[_NOTE]).unlink(missing_ok=True)
     if note.given_up:
         print(f"error: The models cannot be loaded: {note.error}", file=sys.stderr, flush=True)
         os._exit(EXIT_STATUS)
@@ -90,13 +91,14 @@ def attempt(shutdown: Shutdown) -> Iterator[None]:
             _give_up(note, shutdown)
         note.write()
         os._exit(AGAIN_EXIT)
-    _Note(note.server).write()
+    Path(os.environ[_NOTE]).unlink(missing_ok=True)
 
 
 def _give_up(note: _Note, shutdown: Shutdown) -> None:
     replace(note, given_up=True).write()
     logger.critical("The models cannot be loaded: %s; the server ends", note.error)
-    while not shutdown.asked and os.getppid() == note.server:
-        os.kill(note.server, signal.SIGTERM)
+    server = int(os.environ[_SERVER])
+    while not shutdown.asked and os.getppid() == server:
+        os.kill(server, signal.SIGTERM)
         shutdown.wait(_SIGNAL_SECONDS)
     sys.exit()  # of the thread
