@@ -64,9 +64,12 @@ Text = Annotated[str, BeforeValidator(_text)]
 OptionalFile = Annotated[Path | None, FileSchema()]  # BentoML takes a bare `Path | None` for no file
 
 
+_V1 = VideoRequest.model_json_schema()["properties"]
+
+
 def _as_in_v1(name: str) -> Any:
     """A parameter's description, and in it the range, which `VideoRequest` judges for all interfaces."""
-    known = VideoRequest.model_json_schema()["properties"][name]
+    known = _V1[name]
     bounds = {key: known[key] for key in ("minimum", "maximum", "maxLength") if key in known}
     return Field(description=known["description"], json_schema_extra=bounds)
 

@@ -23,6 +23,7 @@ from avatar_api.database import OUTAGES
 from avatar_api.inputs import Inputs, pick_up
 from avatar_api.jobs import Claim, FinishedClip, JobCancelled, JobStore, LeaseLost
 from avatar_api.progress import ENCODING, GENERATING, PREPARING, UPLOADING, Progress
+from avatar_api.refusals import Refusal, refusal
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import Storage, StorageError, may_pass
@@ -40,19 +41,12 @@ OUTAGE_WAIT = 2.0  # seconds between questions to a database or a bucket that is
 PIECES = ("clip-", "so-far-")
 """What the names of files begin with that a finished video has in it."""
 
-TOO_LARGE = {
-    "type": "server_error",
-    "code": "out_of_memory",
-    "message": "The GPU's memory is too small for a video of this size; ask for a smaller one.",
-    "param": "size",
-}
-
-GPU_FAILED = {
-    "type": "server_error",
-    "code": "gpu_failed",
-    "message": "The GPU failed while the video was made; the server's log has the details. Try again.",
-    "param": None,
-}
+TOO_LARGE = Refusal(
+    500, "The GPU's memory is too small for a video of this size; ask for a smaller one.", "out_of_memory", "size"
+).error
+GPU_FAILED = Refusal(
+    500, "The GPU failed while the video was made; the server's log has the details. Try again.", "gpu_failed"
+).error
 GPU_FAILED_EXIT = 71  # exit status, EX_OSERR
 
 for _name in (PREPARING, GENERATING, ENCODING, UPLOADING):
@@ -191,12 +185,12 @@ def _tidy(job: str, storage: Storage, *beginnings: str) -> None:
 def error_object(error: Exception) -> dict[str, Any]:
     """What callers are told of an error: their mistakes in full, ours by kind."""
     if isinstance(error, InputError):
-        return {"type": "invalid_request_error", "code": error.code, "message": str(error), "param": error.param}
+        return refusal(error).error
     code, message = "generation_failed", f"The video could not be generated ({type(error).__name__}); "
     message += "the server's log has the details."
     if isinstance(error, FloatingPointError):
         code, message = "not_a_number", f"The model's output is not a number: {error} Try another seed or other inputs."
-    return {"type": "server_error", "code": code, "message": message, "param": None}
+    return Refusal(500, message, code).error
 
 
 @dataclass(frozen=True)

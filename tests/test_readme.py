@@ -28,8 +28,7 @@ def test_the_python_example_makes_a_video(snapshots: Path, tmp_path: Path) -> No
 
 def test_all_files_that_are_named_are_there() -> None:
     linked = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", README)
-    run = re.findall(r"(?:python|python -m) ((?:scripts|models)[/.][\w/.]+)", README)
-    named = [*linked, *(name if name.endswith(".py") else f"{name.replace('.', '/')}.py" for name in run)]
+    named = [*linked, *re.findall(r"python ((?:scripts|models)/[\w/.]+)", README)]
     assert len(named) > 15
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
