@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,11 +28,14 @@ from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import Storage, StorageError, may_pass
 from avatar_api.video_writer import VideoWriter
+from infinitetalk.clips import Clip, ClipState, Speaker, Step
 from infinitetalk.errors import InputError
 from infinitetalk.memory import smaller
 from infinitetalk.parallel import Followers, device_of
-from infinitetalk.pipeline import Clip, ClipState, InfiniteTalkPipeline, Speaker, Step
 from infinitetalk.timeline import FRAMES_PER_SECOND
+
+if TYPE_CHECKING:
+    from infinitetalk.pipeline import InfiniteTalkPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +63,13 @@ class Stopping(Exception):  # noqa: N818 - no error: the process was asked to en
 
 def load(
     wan: Path, infinitetalk: Path, wav2vec2: Path, settings: ServiceSettings, memory: str | None
-) -> InfiniteTalkPipeline:
+) -> "InfiniteTalkPipeline":
     """The pipeline from its snapshots, on as many GPUs as the settings say; memory: a preset, or None to go by the GPU.
 
     Raises CheckpointError, InputError for a GPU that is not there, RankError for trouble on another than the first.
     """
+    from infinitetalk.pipeline import InfiniteTalkPipeline  # takes seconds
+
     snapshots = partial(InfiniteTalkPipeline.from_snapshots, wan, infinitetalk, wav2vec2, memory=memory)
     if settings.gpus == 1:
         return snapshots(settings.device, on_loaded=metrics.start_took)
@@ -82,11 +87,11 @@ def load(
 
 def work(
     store: JobStore,
-    pipeline: InfiniteTalkPipeline,
+    pipeline: "InfiniteTalkPipeline",
     storage: Storage,
     owner: str,
     shutdown: Shutdown,
-    load_again: Callable[[str], InfiniteTalkPipeline],
+    load_again: "Callable[[str], InfiniteTalkPipeline]",
 ) -> None:
     """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any.
 
@@ -127,7 +132,7 @@ def work(
             pipeline = load_again(usual.name)
 
 
-def run(claim: Claim, pipeline: InfiniteTalkPipeline, storage: Storage, shutdown: Shutdown) -> bool:
+def run(claim: Claim, pipeline: "InfiniteTalkPipeline", storage: Storage, shutdown: Shutdown) -> bool:
     """One job, to whatever end it comes. False: the GPU's memory is too small for it, and it has not ended yet.
 
     Raises LeaseLost if the job is another runner's by now.
@@ -244,7 +249,7 @@ class _Run:
             time.sleep(OUTAGE_WAIT)
 
 
-def _generate(run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str, Any]:
+def _generate(run: _Run, pipeline: "InfiniteTalkPipeline") -> dict[str, Any]:
     claim = run.claim
     claim.report({"stage": PREPARING})
     with _stage(PREPARING, run):
@@ -254,7 +259,7 @@ def _generate(run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str, Any]:
         return _make(inputs, run, pipeline)
 
 
-def _make(inputs: Inputs, run: _Run, pipeline: InfiniteTalkPipeline) -> dict[str, Any]:
+def _make(inputs: Inputs, run: _Run, pipeline: "InfiniteTalkPipeline") -> dict[str, Any]:
     request, claim, folder = inputs.request, run.claim, run.folder
     state = _last_state(claim.clips, folder)
 

@@ -9,7 +9,7 @@ its table.
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from torch.func import functional_call
 
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import BUCKETS
-from infinitetalk.transformer import InfiniteTalkTransformer3DModel
+
+if TYPE_CHECKING:
+    from infinitetalk.transformer import InfiniteTalkTransformer3DModel
 
 GB = 10**9
 
@@ -113,7 +115,7 @@ def call_on(device: torch.device, module: nn.Module, *arguments: Any, **options:
     return functional_call(module, copies, arguments, options, tie_weights=False)
 
 
-def offload_blocks(transformer: InfiniteTalkTransformer3DModel, device: torch.device) -> None:
+def offload_blocks(transformer: "InfiniteTalkTransformer3DModel", device: torch.device) -> None:
     """Let a transformer that lies in the machine's memory compute on `device`, one block after another.
 
     On a GPU it is pinned, so that the next block is copied while one computes. It is pinned here, one tensor at a

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from infinitetalk.clips import Clip, ClipState, Speaker, Step
 from infinitetalk.geometry import output_size
 from infinitetalk.memory import IN_PLACE
-from infinitetalk.pipeline import Clip, ClipState, Speaker, Step
 from infinitetalk.settings import Settings
 from infinitetalk.timeline import FRAMES_PER_SECOND, SAMPLE_RATE
 
