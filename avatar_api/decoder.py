@@ -1,9 +1,9 @@
 """Decoding in a process of its own: whatever a caller's file does to its decoder, the service goes on.
 
 FFmpeg, libsndfile and Pillow parse what strangers send. They do it in a child with limits of memory and time, which
-has none of the service's secrets in its environment and ends with its parent. It answers in JSON and plain numbers: no
-answer is ever executed. A file's faults arrive as the `InputError`s that they are; a child that runs into a limit, or
-crashes, becomes one.
+has none of the service's secrets in its environment and ends with its parent; `fork_server` starts it in milliseconds.
+It answers in JSON and plain numbers: no answer is ever executed. A file's faults arrive as the `InputError`s that they
+are; a child that runs into a limit, or crashes, becomes one.
 
     with Decoder(seconds=120) as decoder:
         pictures = decoder.open(folder / "input_reference", "input_reference")
@@ -11,7 +11,6 @@ crashes, becomes one.
 """
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import resource
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 import traceback
@@ -34,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avatar_api.footage import Footage, read_reference
+from avatar_api.fork_server import Child, ForkServer, serve
 from avatar_api.media import read_voice, refused
 from avatar_api.video_writer import VideoWriter, open_written
 from infinitetalk.errors import InputError
@@ -47,14 +46,15 @@ PATIENCE = 4
 TICK = 0.2  # seconds between two calls of `on_wait`
 LIVES = 2  # a child that somebody else killed is started again, once
 
-PACKAGES = Path(__file__).parent.parent
 # All of the environment that the child gets: what finds and reads its code, and what keeps threads from reserving
 # memory that nobody uses.
 INHERITED = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH")
 FRUGAL = {"MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1"}
 
+_SERVER = ForkServer(
+    __spec__.name, lambda: {name: os.environ[name] for name in INHERITED if name in os.environ} | FRUGAL
+)
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # signals that no decoder causes
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _Pixels = NDArray[np.uint8]
 _Samples = NDArray[np.float32]
@@ -67,14 +67,14 @@ class DecoderError(RuntimeError):
 class Decoder:
     """A child that decodes, one request after the other; started when it is needed.
 
-    A context manager. To be used by the thread that asked first, and ended before that ends: the child goes with it.
+    A context manager.
     """
 
     def __init__(self, seconds: int, on_wait: Callable[[], None] = lambda: None) -> None:
         """seconds: of computing for one answer. `on_wait` is called with each request, and several times a second
         while the answer is awaited; what it raises ends the child."""
         self._seconds, self._on_wait = seconds, on_wait
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
 
     def open(self, path: Path, param: str) -> "Pictures":
         """`footage.read_reference`, its errors included."""
@@ -139,12 +139,11 @@ class Decoder:
 
     def _exchange(self, request: bytes) -> Any:
         """The child's answer. Raises EOFError or ConnectionError if it has died, TimeoutError if it takes too long."""
-        if self._process is None:
-            self._start()
+        channel = (self._child or self._start()).channel
         deadline = time.monotonic() + PATIENCE * self._seconds
-        self._socket.sendall(request)
+        channel.sendall(request)
         self._on_wait()
-        while not wait([self._socket], TICK):
+        while not wait([channel], TICK):
             self._on_wait()
             if time.monotonic() > deadline:
                 raise TimeoutError
@@ -173,32 +172,19 @@ class Decoder:
             raise EOFError
         return array
 
-    def _start(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "avatar_api.decoder", str(MEMORY), str(self._seconds)],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                cwd=PACKAGES,
-                env={name: os.environ[name] for name in INHERITED if name in os.environ} | FRUGAL,
-                start_new_session=True,  # Ctrl-C is the service's to handle
-            )
-        self._socket.settimeout(PATIENCE * self._seconds)  # for an answer that begins and does not end
-        self._answers = self._socket.makefile("rb")
+    def _start(self) -> Child:
+        self._child = child = _SERVER.start(MEMORY, self._seconds)
+        child.channel.settimeout(PATIENCE * self._seconds)  # for an answer that begins and does not end
+        self._answers = child.channel.makefile("rb")
+        return child
 
     def _end(self) -> int:
-        """End the child; returns what it ended with, as Popen has it: minus a signal's number, or an exit code.
-
-        One that closed its end of the socket has done so by dying: the signal here comes too late to be the reason.
-        """
-        process, self._process = self._process, None
-        if process is None:
-            return 0
+        """What the child ended with, as `Child.end` has it; as if it had been killed, where there is none."""
+        child, self._child = self._child, None
+        if child is None:
+            return -signal.SIGKILL
         self._answers.close()
-        self._socket.close()
-        process.kill()
-        return process.wait()
+        return child.end()
 
     def close(self) -> None:
         self._end()
@@ -241,8 +227,7 @@ def _absolute(path: Path) -> str:
 
 
 def main(memory: int, seconds: int) -> None:
-    """The child: answers requests from its standard input, a socket, until the parent is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """The child: answers requests from its standard input, a socket, until the other end is closed."""
     with contextlib.suppress(OSError):  # when memory runs out, better this process than the one with the models
         Path("/proc/self/oom_score_adj").write_text("1000")
     _limit(resource.RLIMIT_CORE, 0)
@@ -332,8 +317,4 @@ _TASKS: dict[str, Callable[..., Any]] = {
 }
 
 if __name__ == "__main__":
-    try:
-        main(int(sys.argv[1]), int(sys.argv[2]))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)  # at once: the parent must not see the socket closed before there is an exit code
+    serve(main)

@@ -26,7 +26,7 @@ from infinitetalk.cache import TeaCache, coefficients
 from infinitetalk.clips import Clip, ClipState, Speaker, Step
 from infinitetalk.color import match_color
 from infinitetalk.errors import InputError
-from infinitetalk.geometry import Box, output_size, resize_and_crop, speaker_regions
+from infinitetalk.geometry import output_size, resize_and_crop, speaker_regions
 from infinitetalk.guidance import Pass, ProjectedGuidance, combine, default_shift, passes, timesteps
 from infinitetalk.lora import Lora
 from infinitetalk.memory import CPU, IN_PLACE, Preset, call_on, describe, offload_blocks, select

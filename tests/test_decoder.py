@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
 import soundfile
 from PIL import Image
@@ -74,8 +76,8 @@ def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def child(decoder: Decoder) -> int:
-    assert decoder._process is not None
-    return decoder._process.pid
+    assert decoder._child is not None
+    return decoder._child.pid
 
 
 def ended(pid: int) -> bool:
@@ -103,7 +105,7 @@ class Hit:
 
     def __call__(self) -> None:
         assert self.decoder is not None
-        if self.times and self.decoder._process is not None:
+        if self.times and self.decoder._child is not None:
             self.times -= 1
             self.victims.append(child(self.decoder))
             os.kill(self.victims[-1], self.blow)
@@ -267,22 +269,51 @@ from pathlib import Path
 from avatar_api.decoder import Decoder
 decoder = Decoder(600)
 decoder.open(Path({str(picture)!r}), "image")
-print(decoder._process.pid, flush=True)
+print(decoder._child.pid, flush=True)
 time.sleep(600)
 """
         parent = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE)
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
+        server = psutil.Process(pid).ppid()
         os.kill(pid, signal.SIGSTOP)  # it can do nothing about it itself
         assert not ended(pid)
         parent.kill()
         parent.wait()
         parent.stdout.close()
         try:
-            wait_until(partial(ended, pid))
+            wait_until(lambda: ended(pid) and ended(server))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def test_nobody_notices_that_the_fork_server_was_killed(self, voice: Path) -> None:
+        with Decoder(GENEROUS) as decoder:
+            heard = decoder.read_voice(voice, "audio")
+            before = psutil.Process(child(decoder)).ppid()
+            os.kill(before, signal.SIGKILL)
+            assert np.array_equal(decoder.read_voice(voice, "audio"), heard)
+            assert psutil.Process(child(decoder)).ppid() != before
+
+    def test_many_at_once_have_a_child_each_and_none_is_left(self, voice: Path) -> None:
+        def read(_: int) -> tuple[int, np.ndarray]:
+            with Decoder(GENEROUS) as decoder:
+                heard = decoder.read_voice(voice, "audio")
+                return child(decoder), heard
+
+        expected = read_voice(voice)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(read, range(40)))
+        assert len({pid for pid, _ in answers}) == 40
+        assert all(np.array_equal(heard, expected) for _, heard in answers)
+        assert all(ended(pid) for pid, _ in answers)
+
+    def test_a_child_goes_on_when_the_thread_that_asked_for_it_has_ended(self, decoder: Decoder, voice: Path) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(decoder.read_voice, voice, "audio").result()
+        before = child(decoder)
+        decoder.read_voice(voice, "audio")
+        assert child(decoder) == before
 
     def test_what_is_raised_while_waiting_ends_the_child(self, bomb: Path) -> None:
         children: list[int] = []
