@@ -127,6 +127,7 @@ class Decoder:
                 problem = f"takes more than {self._seconds} s to decode; send a shorter or a smaller one"
                 raise refused(path, param, problem, "too_slow")
             if -ended_by not in _FROM_OUTSIDE:
+                _SERVER.renew()  # who tries to take a decoder over shall not meet the same addresses again
                 crash = signal.Signals(-ended_by).name
                 problem = f"makes its decoder crash ({crash}); export it again, as PNG, MP4 (H.264) or WAV"
                 raise refused(path, param, problem, "damaged_file")

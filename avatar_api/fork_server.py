@@ -1,8 +1,8 @@
 """Children that start in milliseconds: a process that has imported what they need forks one for whoever asks.
 
-The fork server is started with the first child, again should it have died, and ends with the process that started it;
-a child ends with its `Child`, with the fork server, and with the process that asked for it. What a child does is the
-main function that its module gives to `serve`:
+The fork server is started with the first child, and again should it have died. A child ends with its `Child`, with the
+fork server, and with the process that asked for it. What a child does is the main function that its module gives to
+`serve`:
 
     if __name__ == "__main__":
         serve(main)
@@ -28,6 +28,7 @@ START_SECONDS = 60.0
 PACKAGES = Path(__file__).parent.parent
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_STDIN = 0
 _MESSAGE = 4096  # bytes, more than any is long
 
 
@@ -61,15 +62,15 @@ class ForkServer:
 
     def start(self, *arguments: int) -> Child:
         """A child that runs main(*arguments). Raises ConnectionError if the server was killed, or is too slow."""
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._control, self._process = self._start()
-            control, process = self._control, self._process
         with ExitStack() as failed:
-            channel, childs, life, servers = map(failed.enter_context, (*socket.socketpair(), *socket.socketpair()))
-            socket.send_fds(control, [json.dumps(arguments).encode()], [childs.fileno(), servers.fileno()])
-            childs.close()
-            servers.close()
+            with self._lock:
+                if self._process is None or self._process.poll() is not None:
+                    self._control, self._process = self._start()
+                process = self._process
+                channel, childs, life, servers = map(failed.enter_context, (*socket.socketpair(), *socket.socketpair()))
+                with childs, servers:
+                    message = json.dumps(arguments).encode()
+                    socket.send_fds(self._control, [message], [childs.fileno(), servers.fileno()])
             life.settimeout(START_SECONDS)
             try:
                 pid = life.recv(_MESSAGE)
@@ -82,6 +83,13 @@ class ForkServer:
         if (code := process.wait()) >= 0:
             raise RuntimeError(f"{self._module} ended with exit code {code}; the log may say why.")
         raise ConnectionError(f"The fork server of {self._module} was killed")
+
+    def renew(self) -> None:
+        """The next child comes from a new server, with other addresses of everything; children that are there go on."""
+        with self._lock:
+            if self._process is not None:
+                self._control.close()
+                self._process = None  # it ends after its last child
 
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -97,8 +105,11 @@ class ForkServer:
 
 
 def serve(main: Callable[..., None]) -> NoReturn:
-    """Fork a child for each message on the standard input, until that is closed. Nothing here may start a thread."""
-    control = socket.socket(fileno=sys.stdin.fileno())
+    """Fork a child for each message on the standard input, until that is closed and the last has ended.
+
+    Nothing may have started a thread.
+    """
+    control = socket.socket(fileno=_STDIN)
     woken, waker = socket.socketpair()
     woken.setblocking(False)
     waker.setblocking(False)
@@ -108,16 +119,18 @@ def serve(main: Callable[..., None]) -> NoReturn:
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
         selector.register(woken, selectors.EVENT_READ)
-        while True:
+        while control.fileno() >= 0 or lives:
             for key, _ in selector.select():
                 if key.fileobj is control:
                     message, files, *_ = socket.recv_fds(control, _MESSAGE, 2)
                     if not message:
-                        os._exit(0)
+                        selector.unregister(control)
+                        control.close()
+                        continue
                     pid = os.fork()
                     if pid == 0:
                         selector.close()
-                        for end in (woken, waker, *lives.values()):
+                        for end in (control, woken, waker, *lives.values()):
                             end.close()
                         _run(main, json.loads(message), *files)
                     os.close(files[0])
@@ -136,6 +149,7 @@ def serve(main: Callable[..., None]) -> NoReturn:
                         if life in selector.get_map():
                             selector.unregister(life)
                         life.send(str(ended[1]).encode())
+    os._exit(0)
 
 
 def _run(main: Callable[..., None], arguments: list[int], channel: int, life: int) -> NoReturn:
@@ -143,7 +157,7 @@ def _run(main: Callable[..., None], arguments: list[int], channel: int, life: in
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.close(life)
-    os.dup2(channel, sys.stdin.fileno())
+    os.dup2(channel, _STDIN)
     os.close(channel)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:

@@ -295,6 +295,21 @@ time.sleep(600)
             assert np.array_equal(decoder.read_voice(voice, "audio"), heard)
             assert psutil.Process(child(decoder)).ppid() != before
 
+    def test_after_a_crash_children_come_from_another_fork_server_and_those_there_go_on(
+        self, decoder: Decoder, voice: Path, bomb: Path
+    ) -> None:
+        decoder.read_voice(voice, "audio")
+        before, server = child(decoder), psutil.Process(child(decoder)).ppid()
+        with pytest.raises(InputError, match="crash"):
+            hit_while_reading(bomb, signal.SIGSEGV, 1)
+        with Decoder(GENEROUS) as another:
+            another.read_voice(voice, "audio")
+            assert psutil.Process(child(another)).ppid() != server
+        decoder.read_voice(voice, "audio")
+        assert child(decoder) == before
+        decoder.close()
+        wait_until(partial(ended, server))
+
     def test_many_at_once_have_a_child_each_and_none_is_left(self, voice: Path) -> None:
         def read(_: int) -> tuple[int, np.ndarray]:
             with Decoder(GENEROUS) as decoder:
