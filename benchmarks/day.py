@@ -110,8 +110,8 @@ def plot(samples: list[Sample], path: Path) -> None:
     for axes, names in ((memory, ("api", "runner")), (disk, ("rows", "api_files", "runner_files", "files"))):
         for name in names:
             axes.plot(done, [getattr(sample, name) for sample in samples], label=NAMES[name], linewidth=1)
-        axes.set(ylim=(0, None), xlim=(0, None))
-        axes.legend(loc="lower right")
+        axes.set(ylim=(0, 1.1 * axes.get_ylim()[1]), xlim=(0, None))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     memory.set(ylabel="MB")
     disk.set(xlabel="jobs")
     figure.savefig(path, metadata={"Date": None})
