@@ -1,6 +1,7 @@
 """What several tests share: the golden cases, tiny snapshots written once, and a pipeline on each."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def pytest_configure() -> None:
     for name in list(os.environ):
         if name.startswith("AVATAR_") and not name.startswith("AVATAR_TEST_"):
             del os.environ[name]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
 
 
 @pytest.fixture(scope="session")

@@ -224,6 +224,7 @@ class TestLimits:
         self, picture: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("AVATAR_API_KEYS", "secret")
+        decoding._SERVER.renew()  # the one that is there was started without it
         with Decoder(GENEROUS) as decoder:
             decoder.open(picture, "image")
             pid = child(decoder)
@@ -290,8 +291,10 @@ time.sleep(600)
     def test_nobody_notices_that_the_fork_server_was_killed(self, voice: Path) -> None:
         with Decoder(GENEROUS) as decoder:
             heard = decoder.read_voice(voice, "audio")
-            before = psutil.Process(child(decoder)).ppid()
+            first, before = child(decoder), psutil.Process(child(decoder)).ppid()
+            os.kill(first, signal.SIGSTOP)  # it can do nothing about it itself
             os.kill(before, signal.SIGKILL)
+            wait_until(partial(ended, first))
             assert np.array_equal(decoder.read_voice(voice, "audio"), heard)
             assert psutil.Process(child(decoder)).ppid() != before
 
