@@ -39,7 +39,7 @@ CONTAINER_TOOLS = podman buildah skopeo runc debootstrap docker-registry
 test-image: .venv/installed
 	for tool in $(CONTAINER_TOOLS); do command -v $$tool > /dev/null || missing=yes; done; test -z "$$missing" || \
 		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CONTAINER_TOOLS))
-	$(BIN)/python -m pytest tests/image
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/image
 
 lint: .venv/installed
 	$(BIN)/ruff check .
