@@ -332,7 +332,7 @@ def stop_after(bytes_sent: int, process: subprocess.Popen[str], hub: SmallHub, h
     while process.poll() is None and hub.bytes_sent() < bytes_sent:
         time.sleep(0.002)
     process.send_signal(how)
-    return process.communicate(timeout=60)[1]
+    return process.communicate(timeout=5)[1]
 
 
 def start(home: Path, hub: SmallHub | None, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -450,7 +450,7 @@ def test_a_branch_that_moves_does_not_cost_the_finished_files(hub: SmallHub, hom
 
 
 def test_ctrl_c_stops_at_once_and_says_how_to_go_on(hub: SmallHub, home: Path, source: Path) -> None:
-    hub.bytes_per_second = 20  # 200 s from one piece to the next
+    hub.bytes_per_second = 400  # 10 s from one piece to the next
     errors = stop_after(4096, process := start(home, hub), hub, signal.SIGINT)
     assert (process.returncode, errors) == (130, "stopped; the same command goes on from here\n")
     hub.bytes_per_second = 0
