@@ -116,39 +116,39 @@ def serve(main: Callable[..., None]) -> NoReturn:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker.fileno())
     lives: dict[int, socket.socket] = {}
-    with selectors.DefaultSelector() as selector:
-        selector.register(control, selectors.EVENT_READ)
-        selector.register(woken, selectors.EVENT_READ)
-        while control.fileno() >= 0 or lives:
-            for key, _ in selector.select():
-                if key.fileobj is control:
-                    message, files, *_ = socket.recv_fds(control, _MESSAGE, 2)
-                    if not message:
-                        selector.unregister(control)
-                        control.close()
-                        continue
-                    pid = os.fork()
-                    if pid == 0:
-                        selector.close()
-                        for end in (control, woken, waker, *lives.values()):
-                            end.close()
-                        _run(main, json.loads(message), *files)
-                    os.close(files[0])
-                    lives[pid] = socket.socket(fileno=files[1])
-                    selector.register(lives[pid], selectors.EVENT_READ, pid)
-                    with suppress(ConnectionError):
-                        lives[pid].send(str(pid).encode())
-                elif key.fileobj is woken:
-                    woken.recv(_MESSAGE)
-                else:  # nobody wants it any more; a number that is not yet waited for is no other process's
-                    selector.unregister(key.fileobj)
-                    os.kill(key.data, signal.SIGKILL)
-            with suppress(ChildProcessError):  # there is none
-                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                    with lives.pop(ended[0]) as life, suppress(ConnectionError):
-                        if life in selector.get_map():
-                            selector.unregister(life)
-                        life.send(str(ended[1]).encode())
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
+    selector.register(woken, selectors.EVENT_READ)
+    while control.fileno() >= 0 or lives:
+        for key, _ in selector.select():
+            if key.fileobj is control:
+                message, files, *_ = socket.recv_fds(control, _MESSAGE, 2)
+                if not message:
+                    selector.unregister(control)
+                    control.close()
+                    continue
+                pid = os.fork()
+                if pid == 0:
+                    selector.close()
+                    for end in (control, woken, waker, *lives.values()):
+                        end.close()
+                    _run(main, json.loads(message), *files)
+                os.close(files[0])
+                lives[pid] = socket.socket(fileno=files[1])
+                selector.register(lives[pid], selectors.EVENT_READ, pid)
+                with suppress(ConnectionError):
+                    lives[pid].send(str(pid).encode())
+            elif key.fileobj is woken:
+                woken.recv(_MESSAGE)
+            else:  # nobody wants it any more; a number that is not yet waited for is no other process's
+                selector.unregister(key.fileobj)
+                os.kill(key.data, signal.SIGKILL)
+        with suppress(ChildProcessError):  # there is none
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                with lives.pop(ended[0]) as life, suppress(ConnectionError):
+                    if life in selector.get_map():
+                        selector.unregister(life)
+                    life.send(str(ended[1]).encode())
     os._exit(0)
 
 
