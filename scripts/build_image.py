@@ -27,7 +27,8 @@ from container.errors import ImageError
 from container.image import BASE_IMAGE
 from container.layers import StoredModel, read_store, store_home
 from container.registry import Reference
-from models.import_models import check_access, find_snapshots, read_snapshots, size_of
+from models.hub import check_access
+from models.import_models import find_snapshots, read_snapshots, size_of
 from models.store import MODEL_YAML, ImportRefusedError
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -12,23 +12,13 @@ more.
 """
 
 import argparse
-import os
 import sys
 import threading
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import TaskID
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder
@@ -40,8 +30,8 @@ from container.errors import ImageError
 from container.layers import Layer, read_store
 from container.outputs import RegistryOutput, open_output
 from container.push import LIMITS, Row, Survey, check_limits, push, survey_image
+from models.console import byte_progress, console, leave, say
 
-console = Console()
 OVERHEAD = 1.02  # of what goes over the wire: TLS, TCP and HTTP
 
 
@@ -76,15 +66,7 @@ class Bars:
     """Bytes, rate and time left: of every layer under way, and of all."""
 
     def __init__(self, survey: Survey) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=console, disable=not survey.missing)
+        self.progress = byte_progress(disable=not survey.missing)
         self._all = self.progress.add_task("all", total=sum(row.size for row in survey.missing))
         self._tasks: dict[str, TaskID] = {}
         self._arrived: dict[str, int] = {}
@@ -105,10 +87,6 @@ class Bars:
             self.progress.update(self._all, completed=sum(self._arrived.values()))
         if whole and not ended and not console.is_terminal:  # in a log no bar moves
             say(f"{row.name}  {decimal(row.size)}")
-
-
-def say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def push_image(options: argparse.Namespace) -> None:
@@ -159,8 +137,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: that waits for threads which may wait for a registry. What has arrived there is known.
-    os._exit(status)
+    leave(main())  # what has arrived at the registry is known

@@ -10,14 +10,11 @@ reasons; 2 when that cannot be found out.
 """
 
 import argparse
-import os
 import sys
 import threading
 from pathlib import Path
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder
 
@@ -27,8 +24,7 @@ from container.layers import StoredModel, read_store
 from container.push import KEY
 from container.registry import Reference, Registry
 from container.verify import find_manifest, verify
-
-console = Console()
+from models.console import byte_progress, leave, say
 
 
 def stored_models() -> list[StoredModel] | None:
@@ -46,13 +42,9 @@ def verify_image(options: argparse.Namespace) -> list[str]:
     code = sum(layer["size"] for layer in manifest["layers"] if KEY not in (layer.get("annotations") or {}))
     where = "read from the registry" if models is None else "compared with this machine's store"
     say(f"{registry.reference}: {len(manifest['layers'])} layers, {decimal(size)}; the models are {where}")
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console) as progress:
-        task, read, lock = (
-            progress.add_task("Reading", total=size if models is None else code),
-            dict[str, int](),
-            threading.Lock(),
-        )
+    with byte_progress() as progress:
+        task = progress.add_task("Reading", total=size if models is None else code)
+        read, lock = dict[str, int](), threading.Lock()
 
         def report(digest: str, position: int) -> None:
             with lock:
@@ -60,10 +52,6 @@ def verify_image(options: argparse.Namespace) -> list[str]:
                 progress.update(task, completed=sum(read.values()))
 
         return verify(registry, models, Digests(), report)
-
-
-def say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,7 +74,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # without waiting for threads which may wait for a registry
+    leave(main())

@@ -35,7 +35,8 @@ TOKEN = "hf_" + "s3cret" * 5
 IMPORT = [sys.executable, "models/import_models.py"]
 IMPATIENT = [  # the same command, but its waits between retries are no longer than a test's
     *(sys.executable, "-c"),
-    "import sys, models.import_models as m; m.FIRST_WAIT = m.LONGEST_WAIT = 0.01; sys.exit(m.main(sys.argv[1:]))",
+    "import sys; from models import hub, import_models; hub.FIRST_WAIT = hub.LONGEST_WAIT = 0.01; "
+    "sys.exit(import_models.main(sys.argv[1:]))",
 ]
 
 FILES = {  # bytes of random content; what is 4096 or more is LFS on the small hub
@@ -628,9 +629,9 @@ def test_too_little_disk(hub: SmallHub, home: Path) -> None:
 
 
 def test_a_disk_that_fills_up_in_the_middle(hub: SmallHub, home: Path, source: Path) -> None:
-    full = "import errno, os; from models import import_models as m\n"
+    full = "import errno, os; from models import hub, import_models\n"
     full += "def sync(content): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), content.name)\n"
-    full += "m.sync = sync; raise SystemExit(m.main())"
+    full += "hub.sync = sync; raise SystemExit(import_models.main())"
     message = refused(home, hub, command=[sys.executable, "-c", full])
     assert "No space left on device: make room there" in message and str(home) in message
     assert not model_folders(home)
