@@ -200,7 +200,7 @@ def test_the_autoencoder_is_wan_and_turns_random_latents_into_many_colours(wan: 
     tensors = load_pth(wan / "Wan2.1_VAE.pth")
     assert len(tensors) == 194  # as published
     assert dtypes(tensors) == {torch.float32}
-    vae: Any = AutoencoderKLWan(base_dim=8)
+    vae: Any = AutoencoderKLWan(base_dim=4)
     vae.load_state_dict(convert_wan_vae_to_diffusers(tensors), strict=True)
     latents = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
