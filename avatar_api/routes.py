@@ -37,7 +37,7 @@ from avatar_api.videos import (
 from infinitetalk.errors import InputError
 
 LINKS = {  # what the new video's id is for
-    name: {"operationId": f"{name}", "parameters": {"video_id": "$response.body#/id"}}
+    name: {"operationId": name, "parameters": {"video_id": "$response.body#/id"}}
     for name in ("retrieve", "content", "events", "cancel", "delete")
 }
 EVENTS = f'id: 1\nevent: clip\ndata: {{"id": "{AN_ID}", "clip": 1, "frames": 72, …}}\n\n'
