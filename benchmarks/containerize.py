@@ -44,6 +44,7 @@ CHANGES = {"new": "a new image", "edited": "a line of code changed"}
 PUBLISHED_GB = 254  # of models: 236 GiB
 DISK_BYTES = 32 * GB  # at most: the file has holes where nothing was written
 SAMPLE_SECONDS = 0.2
+TABLE_WIDTH = 150  # characters
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def show(costs: Sequence[Cost], console: Console) -> None:
     for change in CHANGES:
         for way in WAYS:
             lines = [line(costs, way, change, what) for what in FIGURES.values()]
-            seconds, scratch, sent = (start + slope * PUBLISHED_GB for start, slope in lines)
+            seconds, scratch, sent = (start + max(slope, 0) * PUBLISHED_GB for start, slope in lines)
             table.add_row(
                 f"{CHANGES[change]}, {WAYS[way]}",
                 *(f"{slope:.2f}" for _, slope in lines),
@@ -298,6 +299,7 @@ def main() -> None:
         parser.error("--gb: two sizes at least, so that the growth is seen")
     options.output.mkdir(parents=True, exist_ok=True)
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)  # in a log, too
     costs = []
     with tempfile.TemporaryDirectory() as folder, (options.output / "containerize.csv").open("w") as log:
         print(*(field.name for field in fields(Cost)), sep=",", file=log)
