@@ -69,14 +69,18 @@ def test_finished_videos_go_after_their_time_and_others_never(house: House) -> N
 
 
 def test_the_oldest_go_first_where_there_is_too_much(house: House) -> None:
-    finished = [house.finish() for _ in range(3)]
-    waiting = house.submit()
-    house.clean(keep_bytes=4 * KILOBYTE)
-    assert len(house.left) == 4
-    house.clean(keep_bytes=3 * KILOBYTE - 1)
-    assert house.left == {finished[2].id, waiting.id}
-    house.clean(keep_bytes=1)
-    assert house.left == {waiting.id}
+    running = house.submit()
+    claim = house.store.claim("another runner")
+    assert claim is not None
+    with claim:
+        finished = [house.finish() for _ in range(3)]
+        waiting = house.submit()
+        house.clean(keep_bytes=5 * KILOBYTE)
+        assert len(house.left) == 5
+        house.clean(keep_bytes=4 * KILOBYTE - 1)
+        assert house.left == {running.id, finished[2].id, waiting.id}
+        house.clean(keep_bytes=1)
+        assert house.left == {running.id, waiting.id}
 
 
 def test_a_folder_that_nobody_owns_goes_when_nobody_has_touched_it_for_long(house: House) -> None:
@@ -103,14 +107,18 @@ def test_with_a_bucket_only_the_copies_here_go_where_there_is_too_much(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s3.client.create_bucket(Bucket="kept")
-    settings = ServiceSettings(home=tmp_path, s3_bucket="kept", s3_endpoint_url=s3.url, keep_bytes=KILOBYTE)
+    settings = ServiceSettings(home=tmp_path, s3_bucket="kept", s3_endpoint_url=s3.url, keep_bytes=2 * KILOBYTE)
     with closing(JobStore(settings.database)) as store:
         house = House(tmp_path, store)
         house.storage = open_storage(settings)
+        running = house.submit()
+        claim = store.claim("another runner")
+        assert claim is not None
         jobs = [house.finish(), house.finish()]
         for job in jobs:
             house.storage.publish(job.id, "input")
-        Housekeeper(store, house.storage, settings).clean()
-        assert {path.name for path in (tmp_path / "jobs").iterdir()} == {jobs[1].id}
+        with claim:
+            Housekeeper(store, house.storage, settings).clean()
+        assert {path.name for path in (tmp_path / "jobs").iterdir()} == {running.id, jobs[1].id}
         house.storage.obtain(jobs[0].id, "input")
         assert house.storage.size(jobs[0].id) == KILOBYTE
