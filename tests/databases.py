@@ -79,6 +79,10 @@ class LossyWire(socketserver.ThreadingTCPServer):
         self.lose_next_answer = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def server_close(self) -> None:
+        self.shutdown()  # else its thread asks the closed socket for ever, and takes a processor
+        super().server_close()
+
 
 class _Wire(socketserver.BaseRequestHandler):
     server: LossyWire
