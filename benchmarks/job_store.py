@@ -21,7 +21,8 @@ from rich.table import Table
 
 from avatar_api.jobs import Job, JobSettings, JobStore
 from tests.databases import Database, PostgresServer, find_postgres
-from tests.test_jobs import Runners, eventually, finished, processes
+from tests.test_jobs import Runners, finished, processes
+from tests.waiting import eventually
 
 SETTINGS = JobSettings(lease=5, beat=0.5, poll=0.25)
 SUBMITTERS, KEYS = 50, 500
@@ -108,7 +109,7 @@ def measure_outage(server: PostgresServer, seconds: float, store: JobStore, runn
 
 
 def completed(store: JobStore, jobs: Sequence[Job]) -> list[Job]:
-    eventually(lambda: finished(store, *jobs), 600)
+    eventually(lambda: finished(store, *jobs))
     return [store.get(job.id) for job in jobs]
 
 

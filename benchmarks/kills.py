@@ -39,10 +39,10 @@ from tests.conftest import REPOSITORY
 from tests.databases import PostgresServer, find_postgres
 from tests.stand_in import FRAMES
 from tests.supervised import RUNNERS, Supervised
+from tests.waiting import PATIENCE, eventually
 
 CLIENTS = 8
 BETWEEN_KILLS = 0.3  # seconds, on average
-PATIENCE = 300  # seconds for any one thing to come about
 SAME_CLOCK = 0.01  # seconds: SQLite's clock counts in ms, and PostgreSQL's is read when the statement arrives
 PICTURE = REPOSITORY / "examples" / "portrait.png"
 KINDS = [{"seed": seed, "steps": 10, "clips": clips} for seed, clips in enumerate((1, 3, 5, 7, 6, 4))]
@@ -192,7 +192,7 @@ def prove(
             finally:
                 stopped.set()
         with closing(JobStore(product.settings.database)) as store:
-            _wait(lambda: all(job.webhook_url is None for job in store.all()))
+            eventually(lambda: all(job.webhook_url is None for job in store.all()))
             seconds = time.monotonic() - started
             begun = [line.split() for line in product.notes.read_text().splitlines()]
             recorded = {
@@ -228,13 +228,6 @@ def prove(
                 left_after_a_day=len(orphans),
                 left_after_deleting=sum(1 for _ in files_in(product.home / "jobs", product.temporary)),
             )
-
-
-def _wait(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.1)
 
 
 def _folders(home: Path) -> list[str]:

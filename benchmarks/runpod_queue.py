@@ -46,9 +46,10 @@ from benchmarks.mutations import (
     mutated,
 )
 from scripts.start import VOLUME
-from tests.runpod_queue import Asked, JobApi, Worker, data_uri, eventually
+from tests.runpod_queue import Asked, JobApi, Worker, data_uri
 from tests.served import Footprint
 from tests.supervised import RUNNERS, Supervised
+from tests.waiting import eventually
 
 MOMENT = 2.0  # seconds: within so many of a job's taking comes a kill
 WRONG_EVERY = 7  # jobs, under kills, has a size that is none

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from infinitetalk.pipeline import InfiniteTalkPipeline
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine OpenMP's threads wait for each other most of the time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads must not take the other tests' core
-
-from infinitetalk.pipeline import InfiniteTalkPipeline
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDENS = REPOSITORY / "tests" / "goldens"
@@ -23,7 +25,7 @@ GOLDENS = REPOSITORY / "tests" / "goldens"
 def pytest_configure() -> None:
     """Settings of whoever runs the tests, such as the Makefile's for the demo, are not the tests'."""
     for name in list(os.environ):
-        if name.startswith("AVATAR_") and not name.startswith("AVATAR_TEST_"):
+        if name.startswith(("AVATAR_", "AWS_")) and not name.startswith("AVATAR_TEST_"):
             del os.environ[name]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
 
@@ -37,7 +39,22 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pipeline(snapshots: Path) -> InfiniteTalkPipeline:
+def bento_home(snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store with the snapshots in it, put there as users do."""
+    home = tmp_path_factory.mktemp("bentoml")
+    import_tiny(snapshots, home)
+    return home
+
+
+def import_tiny(snapshots: Path, bento_home: Path) -> None:
+    command = [sys.executable, "models/import_models.py", "--source", str(snapshots), "--profile", "runtime"]
+    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "BENTOML_HOME": str(bento_home)}, check=True)
+
+
+@pytest.fixture(scope="session")
+def pipeline(snapshots: Path) -> "InfiniteTalkPipeline":
+    from infinitetalk.pipeline import InfiniteTalkPipeline  # takes seconds, which not every test needs
+
     return InfiniteTalkPipeline.from_snapshots(
         snapshots / "Wan2.1-I2V-14B-480P", snapshots / "InfiniteTalk", snapshots / "chinese-wav2vec2-base", "cpu"
     )

@@ -11,9 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,10 +21,10 @@ from urllib.parse import parse_qs, urlsplit
 import psutil  # type: ignore[import-untyped]
 
 from scripts.start import VOLUME, settings_for
+from tests.waiting import PATIENCE, eventually
 
 REPOSITORY = Path(__file__).parent.parent
 POLL_SECONDS = 0.5  # how long a question for a job is left waiting
-PATIENCE = 300  # seconds for anything to come about
 KEY = "rpa_test"
 
 
@@ -243,13 +241,6 @@ class Worker:
 
 def data_uri(content: bytes) -> str:
     return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
-
-
-def eventually(true: Callable[[], object], otherwise: str = "it never came about") -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.02)
 
 
 if __name__ == "__main__":

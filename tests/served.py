@@ -1,4 +1,4 @@
-"""`bentoml serve` with a stand-in for the pipeline, and what its two processes take: memory, open files, disk."""
+"""`bentoml serve`, with a stand-in for the pipeline or for real, and what its processes take: memory, files, disk."""
 
 import contextlib
 import os
@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Self
 import httpx
 import psutil  # type: ignore[import-untyped]
 
+from avatar_api.jobs import JobStore
 from models.store import Model, write_model_yaml
+from tests.waiting import PATIENCE, eventually
 
 REPOSITORY = Path(__file__).parent.parent
-START_SECONDS = END_SECONDS = 600
 MODELS = ("wan2.1-i2v-14b-480p", "infinitetalk", "chinese-wav2vec2-base")
 MB = 1e6
 
@@ -47,29 +47,40 @@ class Footprint:
         return cls(resident, peak, process.num_fds(), process.num_threads())
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Served:
     """A context manager: within it the service runs at `url`."""
 
-    def __init__(self, home: Path, runpod: Mapping[str, str] | None = None, **settings: object) -> None:
-        """runpod: what RunPod sets in the environment, for `scripts/start.py` to start it there; settings: of the
-        service, by their names."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self.home, self.temporary = (
-            home,
-            Path(tempfile.mkdtemp(prefix="served-")),
-        )  # short: names of sockets are limited
-        self.url = f"http://127.0.0.1:{self._port}"
-        self._command = [sys.executable, "-m", "bentoml", "serve", "tests.stand_in_service:AvatarApi"]
-        self._command += ["--host", "127.0.0.1", "--port", str(self._port)]
+    def __init__(
+        self,
+        home: Path,
+        runpod: Mapping[str, str] | None = None,
+        bento_home: Path | None = None,
+        environment: Mapping[str, str] = {},
+        **settings: object,
+    ) -> None:
+        """runpod: what RunPod sets in the environment, for `scripts/start.py` to start it there; bento_home: a
+        BENTOML_HOME whose models are served, in place of the stand-in; settings: of the service, by their names."""
+        port = str(free_port())
+        self.home = home
+        self.temporary = Path(tempfile.mkdtemp(prefix="served-"))  # short: names of sockets are limited
+        self.url = f"http://127.0.0.1:{port}"
+        self._stands_in = bento_home is None
+        service = "tests.stand_in_service:AvatarApi" if self._stands_in else "service:AvatarApi"
+        self._command = [sys.executable, "-m", "bentoml", "serve", service, "--host", "127.0.0.1", "--port", port]
         if runpod is not None:
-            self._command = [sys.executable, "-m", "scripts.start", "tests.stand_in_service:AvatarApi"]
+            self._command = [sys.executable, "-m", "scripts.start", service]
         self._environment = {
             **os.environ,
-            "PORT": str(self._port),
+            "PORT": port,
             **(runpod or {}),
-            "BENTOML_HOME": str(home / "bentoml"),
+            **environment,
+            "BENTOML_HOME": str(bento_home or home / "bentoml"),
             "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
             "BENTOML_DO_NOT_TRACK": "1",
             "AVATAR_GRPC_PORT": "0",
@@ -78,7 +89,8 @@ class Served:
         } | {f"AVATAR_{name.upper()}": str(value) for name, value in {"auth": "off", "home": home, **settings}.items()}
 
     def _start(self) -> None:
-        for name in MODELS:  # BentoML wants them there; nobody reads them
+        self.home.mkdir(parents=True, exist_ok=True)
+        for name in MODELS if self._stands_in else ():  # BentoML wants them there; nobody reads them
             folder = self.home / "bentoml" / "models" / name / "1"
             folder.mkdir(parents=True)
             write_model_yaml(folder, Model(name, "1", name, None, None, "runtime", ()))
@@ -92,7 +104,7 @@ class Served:
         """Start it, in the place of entering it, and wait until it ends by itself. The exit status."""
         self._start()
         try:
-            return self._process.wait(END_SECONDS)
+            return self._process.wait(PATIENCE)
         finally:
             self.__exit__()
 
@@ -103,7 +115,7 @@ class Served:
         except BaseException:
             self.__exit__()
             raise
-        self._processes = {role: self._find(role) for role in ("avatar_api", "avatar_runner")}
+        self._processes = {role: self.process(role) for role in ("avatar_api", "avatar_runner")}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,11 +131,12 @@ class Served:
         return (self.home / "log").read_text()
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while not self._ready():
-            assert self._process.poll() is None, self.log
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.2)
+        eventually(lambda: self._ready() or self._process.poll() is not None, "it is not ready")
+        assert self._process.poll() is None, self.log
+
+    @property
+    def store(self) -> JobStore:
+        return JobStore(f"sqlite:///{self.home / 'jobs.db'}")
 
     def alive(self) -> bool:
         """Are both processes still those that started?"""
@@ -131,7 +144,7 @@ class Served:
 
     def kill(self, role: str) -> None:
         """The process gets no chance to end well; BentoML starts another."""
-        self._processes[role].kill()
+        self.process(role).kill()
 
     def footprint(self, role: str = "avatar_api") -> Footprint:
         return Footprint.of(self._processes[role])
@@ -147,10 +160,11 @@ class Served:
 
     def _ready(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/ping", timeout=5).status_code == 200
+            return httpx.get(f"{self.url}/ping", timeout=5, verify=False).status_code == 200  # noqa: S501 - no TLS here
         return False
 
-    def _find(self, role: str) -> psutil.Process:
+    def process(self, role: str) -> psutil.Process:
+        """The one of the two services that runs now."""
         for process in psutil.Process(self._process.pid).children(recursive=True):
             if role in " ".join(process.cmdline()):
                 return process

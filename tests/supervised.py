@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +36,12 @@ from avatar_api.storage import Storage, open_storage
 from avatar_api.videos import describe
 from avatar_api.webhooks import Webhooks, WebhookTimes
 from avatar_api.worker import work
+from tests.served import free_port
 from tests.stand_in import StandIn
+from tests.waiting import eventually
 
 REPOSITORY = Path(__file__).parent.parent
 RUNNERS = 2
-START_SECONDS = 600
 JOBS = JobSettings(beat=0.2, poll=0.05, attempts=20)
 """Attempts: kills by chance hit one clip more often than the three times after which a job counts as deadly."""
 WEBHOOKS = WebhookTimes(claim=3, poll=0.1, retries=(0.5,) * 20)
@@ -119,9 +119,7 @@ class Supervised:
     def __init__(self, home: Path, clean_seconds: float = housekeeping.EVERY_SECONDS, **settings: object) -> None:
         """clean_seconds: how often the housekeeper comes; settings: of the service, by their names."""
         self._clean_seconds = clean_seconds
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         self.home, self.notes, self.temporary = home, home / "notes", home / "temporary"
         self.url = f"http://127.0.0.1:{self._port}"
         values = {"auth": "off", "home": home, **settings}
@@ -140,11 +138,8 @@ class Supervised:
             command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         threading.Thread(target=self._listen, daemon=True).start()
-        deadline = time.monotonic() + START_SECONDS
-        while not self._answers():
-            self.check()
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.05)
+        eventually(lambda: self._answers() or self._process.poll() is not None, "nothing answers")
+        self.check()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,8 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from avatar_api.requests import VideoRequest
 from avatar_api.video_writer import VideoWriter
 from infinitetalk.errors import InputError
 from tests.conftest import REPOSITORY, SmallDisk
+from tests.waiting import eventually
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
 GENEROUS = 600  # seconds: these tests are not about time
@@ -86,13 +86,6 @@ def ended(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def wait_until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Hit:
@@ -283,7 +276,7 @@ time.sleep(600)
         parent.wait()
         parent.stdout.close()
         try:
-            wait_until(lambda: ended(pid) and ended(server))
+            eventually(lambda: ended(pid) and ended(server))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -294,7 +287,7 @@ time.sleep(600)
             first, before = child(decoder), psutil.Process(child(decoder)).ppid()
             os.kill(first, signal.SIGSTOP)  # it can do nothing about it itself
             os.kill(before, signal.SIGKILL)
-            wait_until(partial(ended, first))
+            eventually(partial(ended, first))
             assert np.array_equal(decoder.read_voice(voice, "audio"), heard)
             assert psutil.Process(child(decoder)).ppid() != before
 
@@ -311,7 +304,7 @@ time.sleep(600)
         decoder.read_voice(voice, "audio")
         assert child(decoder) == before
         decoder.close()
-        wait_until(partial(ended, server))
+        eventually(partial(ended, server))
 
     def test_many_at_once_have_a_child_each_and_none_is_left(self, voice: Path) -> None:
         def read(_: int) -> tuple[int, np.ndarray]:
@@ -353,7 +346,7 @@ time.sleep(600)
             writer.write(np.full((20, 64, 96, 3), 30, np.uint8))
 
         def cancelled() -> None:
-            wait_until(draft.exists)
+            eventually(draft.exists)
             raise InterruptedError
 
         with Decoder(GENEROUS, cancelled) as decoder, pytest.raises(InterruptedError):

@@ -50,6 +50,7 @@ from tests.test_videos import (  # noqa: F401 - two of them are fixtures, for py
     picture,
     voice,
 )
+from tests.waiting import eventually
 
 PROTOS = REPOSITORY / "avatar_api" / "protos"
 MB = 2**20
@@ -446,13 +447,6 @@ def parts(**values: Any) -> bento.Request:
         else:
             fields[name] = bento.Part(json=Value(number_value=value))
     return bento.Request(api_name="generate", multipart=bento.Multipart(fields=fields))
-
-
-def eventually(condition: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class TestBento:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -44,6 +44,7 @@ from avatar_api.jobs import (
     runner_name,
 )
 from tests.databases import Database, LossyWire, database_fixture, postgres_fixture  # noqa: F401 - for pytest to find
+from tests.waiting import eventually
 
 QUICK = JobSettings(lease=1.5, beat=0.2, poll=0.05, outage=60, stall=60, backoff=0.3)
 BAD_LUCK: Json = {"type": "server_error", "code": "out_of_memory", "message": "The GPU is full.", "param": None}
@@ -143,13 +144,6 @@ def runners(database: Database, tmp_path: Path) -> Iterator[Runners]:
 def store(database: Database) -> Iterator[JobStore]:
     with closing(JobStore(database.url, QUICK)) as store:
         yield store
-
-
-def eventually(true: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 def finished(store: JobStore, *submitted: Job) -> bool:
@@ -446,7 +440,7 @@ def test_eight_runners_run_nothing_twice(store: JobStore, runners: Runners) -> N
     submitted = [store.submit({"steps": 0}, priority=number % 3) for number in range(120)]
     for number in range(8):
         runners.start(f"runner-{number}")
-    eventually(lambda: finished(store, *submitted), 60)
+    eventually(lambda: finished(store, *submitted))
     assert store.counts() == {"completed": 120}
     assert all(runners.clips(job) == [(0, 1), (1, 1), (2, 1)] for job in submitted)
     assert len({name for *_, name in runners.noted("clip")}) > 1
@@ -577,7 +571,7 @@ def test_kills_at_random_moments_lose_nothing_and_repeat_nothing(store: JobStore
         name = chance.choice(list(fleet))
         fleet[name].kill()
         fleet[name] = runners.start(name)
-    eventually(lambda: finished(store, *submitted), 60)
+    eventually(lambda: finished(store, *submitted))
     assert store.counts() == {"completed": 50}
     for job in submitted:
         assert_done_once(store, runners, job)

@@ -1,16 +1,14 @@
 """A server whose models cannot be loaded ends, says why, and has a status of its own; for what passes it lives on."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from avatar_api.loading import ATTEMPTS, EXIT_STATUS
-from tests.conftest import REPOSITORY
-from tests.runpod_queue import JobApi, eventually
+from tests.conftest import import_tiny
+from tests.runpod_queue import JobApi
 from tests.served import Served
+from tests.waiting import eventually
 
 MISFIT, FULL, KILLED = "misfit", "full", "killed"
 
@@ -29,14 +27,10 @@ def test_models_that_do_not_fit_their_configuration_end_the_server_which_says_wh
     shutil.copytree(snapshots, source)
     config = source / "Wan2.1-I2V-14B-480P" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 7}))
-    own = {"BENTOML_HOME": str(home), "AVATAR_HOME": str(tmp_path / "avatar"), "AVATAR_GRPC_PORT": "0"}
-    environment = {**os.environ, **own, "BENTOML_DO_NOT_TRACK": "1", "AVATAR_AUTH": "off"}
-    importing = [sys.executable, "models/import_models.py", "--source", str(source), "--profile", "runtime"]
-    subprocess.run(importing, cwd=REPOSITORY, env=environment, check=True)
-    serving = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", "0"]
-    ended = subprocess.run(serving, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert ended.returncode == EXIT_STATUS
-    last = ended.stderr.splitlines()[-1]
+    import_tiny(source, home)
+    server = Served(tmp_path / "avatar", bento_home=home)
+    assert server.run() == EXIT_STATUS
+    last = server.log.splitlines()[-1]
     assert last.startswith("error: The models cannot be loaded: ")
     assert str(home / "models" / "wan2.1-i2v-14b-480p") in last
     assert "'blocks.2." in last

@@ -20,6 +20,7 @@ from avatar_api.worker import load, run, work
 from infinitetalk.pipeline import InfiniteTalkPipeline
 from tests.buckets import S3Server, s3_fixture, s3_server_fixture
 from tests.conftest import REPOSITORY
+from tests.waiting import eventually
 
 __all__ = ["s3_fixture", "s3_server_fixture"]
 
@@ -48,11 +49,7 @@ def submit(store: JobStore, storage: Storage, job_id: str, voice: Path) -> None:
 
 def finish(store: JobStore, pipeline: InfiniteTalkPipeline, storage: Storage, runner: str) -> str:
     """Take the job that is there, as soon as it may be taken, and finish it. Returns the video's name."""
-    deadline = time.monotonic() + 60
-    while (claim := store.claim(runner)) is None:
-        assert time.monotonic() < deadline, "nobody may take the job"
-        time.sleep(0.1)
-    with claim:
+    with eventually(lambda: store.claim(runner), "nobody may take the job") as claim:
         run(claim, pipeline, storage, Shutdown())
         result = store.get(claim.job.id).result
     assert result is not None
@@ -78,11 +75,7 @@ def test_a_video_begun_on_a_machine_that_dies_is_finished_on_another(
         submit(store, open_storage(machine("api 1")), "video_a", voice)
         first = multiprocessing.get_context("spawn").Process(target=serve, args=(machine("gpu 1"), snapshots))
         first.start()
-        deadline = time.monotonic() + 180
-        while not store.clips("video_a"):
-            assert first.is_alive()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        eventually(lambda: store.clips("video_a") or not first.is_alive())
         first.kill()
         first.join()
         for lost in ("api 1", "gpu 1"):

@@ -6,14 +6,10 @@ What it logged and counted is what the tests look at.
 
 import base64
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,9 +30,11 @@ from tests.buckets import SECRET as S3_SECRET
 from tests.buckets import S3Server, s3_server_fixture
 from tests.conftest import REPOSITORY
 from tests.databases import PostgresServer, postgres_fixture
-from tests.test_service import PICTURE, Server, bento_home, free_port
+from tests.served import Served
+from tests.test_service import PICTURE
+from tests.waiting import eventually
 
-__all__ = ["bento_home", "postgres_fixture", "s3_server_fixture"]
+__all__ = ["postgres_fixture", "s3_server_fixture"]
 
 API_KEY, DATABASE_PASSWORD = "the-key-of-the-operator", "the-password-of-the-database"
 WEBHOOK_KEY = base64.b64encode(bytes(range(32))).decode()
@@ -116,13 +114,6 @@ def value(metrics: str, name: str, **labels: str) -> float | None:
     return found[0] if found else None
 
 
-def wait_for(happened: Callable[[], object], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"it did not happen in {seconds} s: {what}"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def observed(
     bento_home: Path,
@@ -134,55 +125,45 @@ def observed(
     home, bucket = tmp_path_factory.mktemp("avatar"), f"operations-{time.time_ns()}"
     s3_server.client.create_bucket(Bucket=bucket)
     database = postgres.new_schema()
-    port, log = free_port(), home / "serve.log"
     options = f"exporter_type=otlp sample_rate=0.0 otlp.protocol=http otlp.endpoint={seen.world.url}/v1/traces"
-    environment = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")} | {
-        "BENTOML_HOME": str(bento_home),
-        "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
+    environment = {
         "BENTOML_CONFIG_OPTIONS": " ".join(
             f"services.{service}.tracing.{option}"
             for service in ("avatar_api", "avatar_runner")
             for option in options.split()
         ),
-        "BENTOML_DO_NOT_TRACK": "1",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
-        "AVATAR_HOME": str(home),
-        "AVATAR_GRPC_PORT": "0",
         "AVATAR_VERIFY_SECONDS": "1.25",
-        "AVATAR_LOG_FORMAT": "json",
-        "AVATAR_API_KEYS": API_KEY,
-        "AVATAR_ALLOWED_HOSTS": "127.0.0.1",
-        "AVATAR_DATABASE_URL": database.replace("postgres@", f"postgres:{DATABASE_PASSWORD}@"),
-        "AVATAR_WEBHOOK_SECRET": f"whsec_{WEBHOOK_KEY}",
-        "AVATAR_S3_BUCKET": bucket,
-        "AVATAR_S3_ENDPOINT_URL": s3_server.url,
         "AWS_ACCESS_KEY_ID": S3_KEY,
         "AWS_SECRET_ACCESS_KEY": S3_SECRET,
         "AWS_EC2_METADATA_DISABLED": "true",
         "NO_PROXY": "127.0.0.1",
     }
-    command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
-    server = Server(f"http://127.0.0.1:{port}", home, process, log)
-    try:
-        server.wait_until_ready()
-        headers = {"Authorization": f"Bearer {API_KEY}"}
-        with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
-            live(seen, client, JobStore(database), postgres, home)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    seen.log = log.read_text()
+    with (
+        Served(
+            home,
+            bento_home=bento_home,
+            environment=environment,
+            auth="keys",
+            api_keys=API_KEY,
+            log_format="json",
+            allowed_hosts="127.0.0.1",
+            database_url=database.replace("postgres@", f"postgres:{DATABASE_PASSWORD}@"),
+            webhook_secret=f"whsec_{WEBHOOK_KEY}",
+            s3_bucket=bucket,
+            s3_endpoint_url=s3_server.url,
+        ) as server,
+        httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=60) as client,
+    ):
+        live(seen, client, JobStore(database), postgres, server)
+    seen.log = server.log
     yield seen
     seen.world.shutdown()
 
 
-def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: PostgresServer, home: Path) -> None:
+def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: PostgresServer, server: Served) -> None:
     """What the server goes through."""
+    home = server.home
     voice = home / "voice.wav"
     soundfile.write(voice, np.random.default_rng(0).standard_normal(10 * 640) * 0.1, 16000)
     data_uri = "data:audio/wav;base64," + base64.b64encode(voice.read_bytes()).decode()
@@ -202,7 +183,7 @@ def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: Postgr
     made = client.post("/v1/videos", json=request, headers=traced).json()["id"]
     waiting = client.post("/v1/videos", json=request).json()["id"]
     client.post(f"/v1/videos/{waiting}/cancel")
-    wait_for(lambda: state(made) == "completed", "the video is made")
+    eventually(lambda: state(made) == "completed", "the video is made")
     seen.videos |= {"completed": made, "cancelled": waiting}
     for path in (f"/v1/videos/{made}", f"/v1/videos/{made}/content", "/", "/docs.json", "/static_content/index.css"):
         seen.headers[path.replace(made, "ID")] = client.get(path).headers
@@ -213,9 +194,9 @@ def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: Postgr
     (home / "jobs" / refused).mkdir()
     (home / "jobs" / refused / "input_reference").write_text("no picture")
     store.submit(store.get(made).spec | {"files": {}}, job_id=refused)
-    wait_for(lambda: store.get(refused).state == "failed", "the runner refuses the job")
+    eventually(lambda: store.get(refused).state == "failed", "the runner refuses the job")
     broken = store.submit({"files": {}}).id
-    wait_for(lambda: store.get(broken).error, "the job fails for the first time")
+    eventually(lambda: store.get(broken).error, "the job fails for the first time")
     store.cancel(broken)
     seen.videos |= {"failed": refused, "broken": broken}
 
@@ -232,8 +213,8 @@ def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: Postgr
     for number in range(3):
         client.get(f"/v1/videos/video_{number}")
         client.get(f"/guess/{number}")
-    wait_for(lambda: seen.world.hooks, "the webhook")
-    wait_for(lambda: any(span.name == "job" for span in seen.world.spans), "the job's span")
+    eventually(lambda: seen.world.hooks, "the webhook")
+    eventually(lambda: any(span.name == "job" for span in seen.world.spans), "the job's span")
     seen.metrics = client.get("/metrics").text
     seen.headers["/metrics"] = client.get("/metrics").headers
 
@@ -241,10 +222,10 @@ def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: Postgr
     try:
         assert client.get("/v1/videos").status_code == 503
         seen.metrics_without_database = client.get("/metrics").text
-        wait_for(lambda: "the database is away" in (home / "serve.log").read_text(), "the runner notices")
+        eventually(lambda: "the database is away" in server.log, "the runner notices")
     finally:
         postgres.start()
-    wait_for(lambda: client.get("/v1/videos").status_code == 200, "the database is back")
+    eventually(lambda: client.get("/v1/videos").status_code == 200, "the database is back")
 
 
 class TestMetrics:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -34,9 +33,11 @@ from infinitetalk.pipeline import InfiniteTalkPipeline, Speaker, Step
 from infinitetalk.settings import Settings
 from tests import toy_ranks
 from tests.conftest import REPOSITORY
+from tests.served import Served
 from tests.test_pipeline import PICTURE, video, voice
-from tests.test_service import Server, bento_home, free_port  # noqa: F401 - the fixture for pytest to find
+from tests.test_service import generate as generate_over_http
 from tests.toy_ranks import Add, Trouble, die, fail, hang
+from tests.waiting import eventually
 
 
 def followers_of(process: int) -> list[psutil.Process]:
@@ -257,9 +258,7 @@ class TestTheRunner:
             return folder
 
         def run_next(ranks: InfiniteTalkPipeline) -> Job:
-            while (claim := store.claim("runner")) is None:
-                time.sleep(0.05)
-            with claim:
+            with eventually(lambda: store.claim("runner")) as claim:
                 assert run(claim, ranks, open_storage(settings), Shutdown())
             return store.get(claim.job.id)
 
@@ -290,27 +289,12 @@ class TestTheRunner:
 
     def test_leaves_no_process_behind_when_it_is_killed(
         self,
-        bento_home: Path,  # noqa: F811
+        bento_home: Path,
         voice_file: Path,
         tmp_path: Path,
     ) -> None:
-        port, log = free_port(), tmp_path / "serve.log"
-        environment = {
-            **os.environ,
-            **{"BENTOML_HOME": str(bento_home), "BENTOML_DO_NOT_TRACK": "1", "AVATAR_GRPC_PORT": "0"},
-            **{"AVATAR_HOME": str(tmp_path), "AVATAR_GPUS": "2", "AVATAR_DEVICE": "cpu", "AVATAR_AUTH": "off"},
-        }
-        command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
-        try:
-            server = Server(f"http://127.0.0.1:{port}", tmp_path, process, log)
-            server.wait_until_ready()
-            assert server.generate(voice_file, size="64x64", steps="1", max_seconds="0.04").status_code == 200
-            runner = server.worker("avatar_runner")
-            (follower,) = followers_of(runner.pid)
-            runner.kill()
+        with Served(tmp_path, bento_home=bento_home, gpus=2, device="cpu") as server:
+            assert generate_over_http(server, voice_file, size="64x64", steps="1", max_seconds="0.04").is_success
+            (follower,) = followers_of(server.process("avatar_runner").pid)
+            server.kill("avatar_runner")
             follower.wait(30)
-        finally:
-            process.terminate()
-            process.wait(60)

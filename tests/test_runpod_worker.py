@@ -19,7 +19,7 @@ import soundfile
 
 from avatar_api import runpod_worker
 from avatar_api.inputs import Planned
-from avatar_api.jobs import Claim, JobSettings, JobStore
+from avatar_api.jobs import JobSettings, JobStore
 from avatar_api.runpod_worker import RUN_BYTES, RUNSYNC_BYTES, check_fits, local_id
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
@@ -28,8 +28,9 @@ from avatar_api.worker import GPU_FAILED, run, work
 from infinitetalk.errors import InputError
 from tests.buckets import S3Server, s3_fixture, s3_server_fixture
 from tests.conftest import REPOSITORY
-from tests.runpod_queue import PATIENCE, Asked, JobApi, Worker, data_uri, eventually
+from tests.runpod_queue import Asked, JobApi, Worker, data_uri
 from tests.stand_in import FRAMES, StandIn
+from tests.waiting import PATIENCE, eventually
 
 __all__ = ["s3_fixture", "s3_server_fixture"]
 
@@ -249,7 +250,7 @@ def test_after_the_gpu_failed_a_fresh_worker_is_asked_for_and_no_job_taken(tmp_p
     store = JobStore(settings.database, JobSettings(beat=0.1))
     with Worker(api, settings.home) as worker:
         job = api.ask("poisoned-u1", wanted())
-        claim = _claim(store)
+        claim = eventually(lambda: store.claim("runner"))
         with claim:
             claim.fail(GPU_FAILED, retry=False)
         assert worker.process.wait(PATIENCE) == 0
@@ -264,7 +265,7 @@ class TestAJobWhoseWorkerDied:
         settings.home.mkdir()
         store = JobStore(settings.database, JobSettings(beat=0.1))
         with Worker(api, settings.home, **_own(settings)) as worker:
-            claim = _claim(store)
+            claim = eventually(lambda: store.claim("runner"))
 
             class Dies(StandIn):
                 def generate(self, *arguments: Any, **options: Any) -> Any:
@@ -311,12 +312,3 @@ class TestAJobWhoseWorkerDied:
 def _own(settings: ServiceSettings) -> dict[str, Any]:
     names = ("database_url", "s3_bucket", "s3_endpoint_url")
     return {name: value for name in names if (value := getattr(settings, name)) is not None}
-
-
-def _claim(store: JobStore) -> Claim:
-    """The next job, once it is there."""
-    deadline = time.monotonic() + PATIENCE
-    while (claim := store.claim("runner")) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return claim

@@ -4,14 +4,12 @@ import base64
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,19 @@ import grpc
 import httpx
 import numpy as np
 import openai
-import psutil  # type: ignore[import-untyped]
 import pytest
 import soundfile
 from google.protobuf.wrappers_pb2 import StringValue
 
-from avatar_api.jobs import Job, JobStore
+from avatar_api.jobs import FINISHED, Job
 from avatar_api.protos import avatar_pb2 as pb
 from avatar_api.protos import bento_service_pb2 as bento
 from avatar_api.protos.avatar_pb2_grpc import AvatarServiceStub
 from avatar_api.protos.bento_service_pb2_grpc import BentoServiceStub
 from avatar_api.video_writer import VideoWriter
 from tests.conftest import REPOSITORY
+from tests.served import Served, free_port
+from tests.waiting import eventually
 
 PICTURE = REPOSITORY / "examples" / "portrait.png"
 CLIPS = 3
@@ -40,87 +39,24 @@ KILLS = int(os.environ.get("AVATAR_TEST_KILLS", "2"))  # of each service, spread
 LONG = {"size": "64x64", "steps": "2", "prompt": "A woman talks."}
 
 
-@dataclass
-class Server:
-    url: str
-    home: Path
-    process: subprocess.Popen[bytes]
-    log: Path
-    grpc: str | None = None
-    """Its address there; None where it is off."""
-
-    @property
-    def store(self) -> JobStore:
-        return JobStore(f"sqlite:///{self.home / 'jobs.db'}")
-
-    def worker(self, service: str) -> psutil.Process:
-        """The process of one of the two services."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            if f"{service}" in " ".join(process.cmdline()):
-                return process
-        raise AssertionError(f"{service} has no process")
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                if httpx.get(f"{self.url}/ping", timeout=2).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        raise AssertionError(f"not ready after two minutes:\n{self.log.read_text()}")
-
-    def generate(self, voice: Path, **values: str) -> httpx.Response:
-        files = {"image": PICTURE.open("rb"), "audio": voice.open("rb")}
-        return httpx.post(f"{self.url}/generate", files=files, data=values, timeout=300)
-
-    def newest(self) -> Job:
-        return self.store.page(limit=1)[0]
+def generate(served: Served, voice: Path, **values: str) -> httpx.Response:
+    files = {"image": PICTURE.open("rb"), "audio": voice.open("rb")}
+    return httpx.post(f"{served.url}/generate", files=files, data=values, timeout=300)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def newest(served: Served) -> Job:
+    return served.store.page(limit=1)[0]
 
 
 @pytest.fixture(scope="module")
-def bento_home(snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store with the tiny snapshots in it, put there as users do."""
-    home = tmp_path_factory.mktemp("bentoml")
-    command = [sys.executable, "models/import_models.py", "--source", str(snapshots), "--profile", "runtime"]
-    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "BENTOML_HOME": str(home)}, check=True)
-    return home
+def grpc_port() -> int:
+    return free_port()
 
 
 @pytest.fixture(scope="module")
-def server(bento_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    home = tmp_path_factory.mktemp("avatar")
-    port, grpc_port, log = free_port(), free_port(), home / "serve.log"
-    environment = {
-        **os.environ,
-        "BENTOML_HOME": str(bento_home),
-        "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
-        "BENTOML_DO_NOT_TRACK": "1",
-        "AVATAR_AUTH": "off",
-        "AVATAR_GRPC_PORT": str(grpc_port),
-        "AVATAR_HOME": str(home),
-    }
-    command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
-    running = Server(f"http://127.0.0.1:{port}", home, process, log, f"127.0.0.1:{grpc_port}")
-    try:
-        running.wait_until_ready()
+def server(bento_home: Path, grpc_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with Served(tmp_path_factory.mktemp("avatar"), bento_home=bento_home, grpc_port=grpc_port) as running:
         yield running
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +76,11 @@ def short_voice(voice: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: Server, voice: Path) -> bytes:
+def undisturbed(server: Served, voice: Path) -> bytes:
     """The three-clip video as it comes when nothing happens to it."""
-    answer = server.generate(voice, **LONG)
+    answer = generate(server, voice, **LONG)
     assert answer.status_code == 200, answer.text
-    assert len(server.store.clips(server.newest().id)) == CLIPS
+    assert len(server.store.clips(newest(server).id)) == CLIPS
     return answer.content
 
 
@@ -159,14 +95,14 @@ def test_a_video_comes_back_with_picture_and_sound(undisturbed: bytes, tmp_path:
 
 
 def test_the_stock_client_gets_the_same_video_from_the_same_request(
-    server: Server, voice: Path, undisturbed: bytes
+    server: Served, voice: Path, undisturbed: bytes
 ) -> None:
     with bentoml.SyncHTTPClient(server.url, timeout=300) as client:
         path = client.generate(image=PICTURE, audio=voice, prompt=LONG["prompt"], size="64x64", steps=2)
         assert Path(path).read_bytes() == undisturbed
 
 
-def test_two_people_talk_one_after_the_other(server: Server, short_voice: Path, tmp_path: Path) -> None:
+def test_two_people_talk_one_after_the_other(server: Served, short_voice: Path, tmp_path: Path) -> None:
     speakers = {"boxes": [[0, 0, 0.5, 1], [0.5, 0, 1, 1]], "order": "in_turn"}
     files = {"image": PICTURE.open("rb"), "audio": short_voice.open("rb"), "audio_2": short_voice.open("rb")}
     form = {"size": "64x64", "steps": "1", "speakers": json.dumps(speakers)}
@@ -177,7 +113,7 @@ def test_two_people_talk_one_after_the_other(server: Server, short_voice: Path, 
         assert sum(1 for _ in container.decode(video=0)) == 20
 
 
-def test_a_video_is_dubbed_with_its_own_sound(server: Server, short_voice: Path, tmp_path: Path) -> None:
+def test_a_video_is_dubbed_with_its_own_sound(server: Served, short_voice: Path, tmp_path: Path) -> None:
     film = tmp_path / "film.mp4"
     with VideoWriter(film, 96, 64, short_voice) as writer:
         writer.write(np.random.default_rng(0).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8))
@@ -187,7 +123,7 @@ def test_a_video_is_dubbed_with_its_own_sound(server: Server, short_voice: Path,
         assert sum(1 for _ in container.decode(video=0)) == 8
 
 
-def test_the_openai_client_makes_a_video_with_a_thumbnail(server: Server, short_voice: Path, tmp_path: Path) -> None:
+def test_the_openai_client_makes_a_video_with_a_thumbnail(server: Served, short_voice: Path, tmp_path: Path) -> None:
     voice = "data:audio/wav;base64," + base64.b64encode(short_voice.read_bytes()).decode()
     with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
         video = client.videos.create_and_poll(
@@ -206,21 +142,20 @@ def test_the_openai_client_makes_a_video_with_a_thumbnail(server: Server, short_
         assert sum(1 for _ in container.decode(video=0)) == 10
 
 
-def test_the_same_video_comes_over_grpc(server: Server, short_voice: Path) -> None:
-    over_http = server.generate(short_voice, size="64x64", steps="1")
+def test_the_same_video_comes_over_grpc(server: Served, grpc_port: int, short_voice: Path) -> None:
+    over_http = generate(server, short_voice, size="64x64", steps="1")
     files = {"image": PICTURE.read_bytes(), "audio": short_voice.read_bytes()}
     fields = {name: bento.Part(file=bento.File(content=content)) for name, content in files.items()}
     fields |= {name: bento.Part(text=StringValue(value=text)) for name, text in (("size", "64x64"), ("steps", "1"))}
     request = bento.Request(api_name="generate", multipart=bento.Multipart(fields=fields))
-    assert server.grpc is not None
-    with grpc.insecure_channel(server.grpc) as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
         answer = BentoServiceStub(channel).Call(request, timeout=300)
         newest = AvatarServiceStub(channel).ListVideos(pb.ListVideosRequest(limit=1)).videos[0]
     assert answer.file.content == over_http.content
     assert httpx.get(f"{server.url}/v1/videos/{newest.id}").json()["status"] == "completed", "they are the same jobs"
 
 
-def test_every_parameter_of_generate_is_described_where_callers_look(server: Server) -> None:
+def test_every_parameter_of_generate_is_described_where_callers_look(server: Served) -> None:
     described = httpx.get(f"{server.url}/docs.json").json()["components"]["schemas"]["generate__Input"]["properties"]
     assert len(described) == 14
     assert all(len(parameter["description"]) > 10 for parameter in described.values())
@@ -228,7 +163,7 @@ def test_every_parameter_of_generate_is_described_where_callers_look(server: Ser
 
 
 @pytest.mark.parametrize("path", ["/ping", "/livez", "/readyz", "/metrics"])
-def test_health_and_metrics_answer_at_once(server: Server, path: str) -> None:
+def test_health_and_metrics_answer_at_once(server: Served, path: str) -> None:
     assert httpx.get(server.url + path, timeout=5).status_code == 200
 
 
@@ -247,9 +182,9 @@ def test_health_and_metrics_answer_at_once(server: Server, path: str) -> None:
     ],
 )
 def test_a_wrong_value_is_refused_in_one_shape(
-    server: Server, short_voice: Path, values: dict[str, str], status: int, param: str, message: str
+    server: Served, short_voice: Path, values: dict[str, str], status: int, param: str, message: str
 ) -> None:
-    answer = server.generate(short_voice, **values)
+    answer = generate(server, short_voice, **values)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert set(error) == {"type", "code", "message", "param"}
@@ -265,7 +200,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-def test_wrong_files_are_refused_in_one_shape_and_leave_nothing(server: Server) -> None:
+def test_wrong_files_are_refused_in_one_shape_and_leave_nothing(server: Served) -> None:
     folders = set((server.home / "jobs").iterdir())
     url, text = f"{server.url}/generate", b"just text"
     picture = PICTURE.read_bytes()
@@ -282,7 +217,7 @@ def test_wrong_files_are_refused_in_one_shape_and_leave_nothing(server: Server) 
     assert set((server.home / "jobs").iterdir()) == folders
 
 
-def test_malformed_requests_are_refused_in_one_shape_and_leave_no_traceback(server: Server) -> None:
+def test_malformed_requests_are_refused_in_one_shape_and_leave_no_traceback(server: Served) -> None:
     error_of(
         httpx.post(f"{server.url}/generate", content=b'{"image":', headers={"content-type": "application/json"}), 400
     )
@@ -292,12 +227,12 @@ def test_malformed_requests_are_refused_in_one_shape_and_leave_no_traceback(serv
     error_of(httpx.get(f"{server.url}/nothing/here"), 404)
     wrong = httpx.post(f"{server.url}/generate", files={"image": PICTURE.open("rb")}, data={"steps": "my password"})
     assert "steps" in error_of(wrong, 400)["message"]
-    log = server.log.read_text()
+    log = server.log
     assert "Traceback" not in log
     assert "my password" not in log
 
 
-def test_no_url_is_fetched_on_a_callers_behalf(server: Server, short_voice: Path) -> None:
+def test_no_url_is_fetched_on_a_callers_behalf(server: Served, short_voice: Path) -> None:
     asked: list[bytes] = []
 
     def listen(listener: Any) -> None:
@@ -315,68 +250,50 @@ def test_no_url_is_fetched_on_a_callers_behalf(server: Server, short_voice: Path
     assert not asked
 
 
-def test_a_caller_that_goes_away_cancels_its_video(server: Server, voice: Path) -> None:
+def test_a_caller_that_goes_away_cancels_its_video(server: Served, voice: Path) -> None:
     with pytest.raises(httpx.ReadTimeout):
         files = {"image": PICTURE.open("rb"), "audio": voice.open("rb")}
         httpx.post(f"{server.url}/generate", files=files, data={"size": "64x64", "steps": "100"}, timeout=4)
-    deadline = time.monotonic() + 20
-    while (job := server.newest()).state != "cancelled":
-        assert time.monotonic() < deadline, job
-        time.sleep(0.1)
-    assert "Traceback" not in server.log.read_text()
+    eventually(lambda: newest(server).state == "cancelled")
+    assert "Traceback" not in server.log
 
 
-def finish(server: Server, job_id: str) -> Job:
-    deadline = time.monotonic() + 180
-    while (job := server.store.get(job_id)).state not in ("completed", "failed", "cancelled"):
-        assert time.monotonic() < deadline, f"{job}\n{server.log.read_text()[-3000:]}"
-        time.sleep(0.2)
-    return job
-
-
-def start_and_wait_for_progress(server: Server, voice: Path, percent: float) -> str:
+def start_and_wait_for_progress(server: Served, voice: Path, percent: float) -> str:
     """Submit the three-clip job from a thread of its own and wait until it is so far."""
     before = {job.id for job in server.store.page(limit=100)}
 
     def call() -> None:
         with contextlib.suppress(httpx.TransportError):  # its server is killed
-            server.generate(voice, **LONG)
+            generate(server, voice, **LONG)
 
     threading.Thread(target=call, daemon=True).start()
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        for job in server.store.page(limit=100):
-            if job.id not in before and (job.progress or {}).get("percent", 0) >= percent:
-                return job.id
-        time.sleep(0.05)
-    raise AssertionError(server.log.read_text()[-3000:])
+    started = eventually(lambda: [job.id for job in server.store.page(limit=100) if job.id not in before])[0]
+    eventually(lambda: (server.store.get(started).progress or {}).get("percent", 0) >= percent)
+    return started
 
 
 @pytest.mark.parametrize("percent", [round(100 * (kill + 0.5) / KILLS) for kill in range(KILLS)])
 @pytest.mark.parametrize("service", ["avatar_runner", "avatar_api"])
 def test_the_video_is_right_although_a_process_was_killed(
-    server: Server, voice: Path, undisturbed: bytes, service: str, percent: float
+    server: Served, voice: Path, undisturbed: bytes, service: str, percent: float
 ) -> None:
     job_id = start_and_wait_for_progress(server, voice, percent)
-    server.worker(service).kill()
-    job = finish(server, job_id)
+    server.kill(service)
+    eventually(lambda: server.store.get(job_id).state in FINISHED)
+    job = server.store.get(job_id)
     assert job.state == "completed", job.error
     assert job.result is not None
     assert (server.home / "jobs" / job_id / job.result["video"]).read_bytes() == undisturbed
-    deadline = time.monotonic() + 60
-    while list((server.home / "jobs" / job_id).glob("clip-*")):
-        assert time.monotonic() < deadline, "the pieces go once they are joined"
-        time.sleep(0.1)
+    pieces = "the pieces go once they are joined"
+    eventually(lambda: not list((server.home / "jobs" / job_id).glob("clip-*")), pieces)
     server.wait_until_ready()
 
 
 def test_a_missing_model_is_named_with_the_command_that_imports_it(tmp_path: Path) -> None:
-    environment = {**os.environ, "BENTOML_HOME": str(tmp_path), "AVATAR_HOME": str(tmp_path), "AVATAR_GRPC_PORT": "0"}
-    command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(free_port())]
-    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
-    assert run.returncode != 0
-    assert "import it: python models/import_models.py --only " in " ".join((run.stdout + run.stderr).split())
-    assert "Traceback" not in run.stderr
+    server = Served(tmp_path, bento_home=tmp_path)
+    assert server.run() != 0
+    assert "import it: python models/import_models.py --only " in " ".join(server.log.split())
+    assert "Traceback" not in server.log
 
 
 def test_the_bento_builds_with_what_serving_needs_and_nothing_else(bento_home: Path) -> None:

@@ -1,8 +1,6 @@
 """The image's one command, as RunPod starts it: a queue endpoint's worker, and a load balancing endpoint's."""
 
 import contextlib
-import socket
-import time
 from pathlib import Path
 
 import httpx
@@ -11,9 +9,10 @@ import pytest
 
 from avatar_api.jobs import JobStore
 from scripts.start import OWN_DATABASE, settings_for
-from tests.runpod_queue import JobApi, eventually
-from tests.served import Served
+from tests.runpod_queue import JobApi
+from tests.served import Served, free_port
 from tests.test_runpod_worker import CLIPS, PICTURE, voice, wanted
+from tests.waiting import eventually
 
 BALANCED = {"RUNPOD_ENDPOINT_ID": "endpoint", "RUNPOD_POD_ID": "worker7"}
 QUEUE = BALANCED | {"RUNPOD_WEBHOOK_GET_JOB": "https://…"}
@@ -62,13 +61,13 @@ def test_a_queue_endpoints_worker_outlives_its_server_and_ends_it_when_it_ends(t
 
 class TestALoadBalancingEndpointsWorker:
     @pytest.fixture(scope="class")
-    def health(self) -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+    @classmethod
+    def health(cls) -> int:
+        return free_port()
 
     @pytest.fixture(scope="class")
-    def served(self, health: int, tmp_path_factory: pytest.TempPathFactory) -> object:
+    @classmethod
+    def served(cls, health: int, tmp_path_factory: pytest.TempPathFactory) -> object:
         environment = BALANCED | {"PORT_HEALTH": str(health)}
         with Served(tmp_path_factory.mktemp("balanced") / "home", environment, max_upload_bytes=10**6) as served:
             yield served
@@ -89,8 +88,4 @@ class TestALoadBalancingEndpointsWorker:
         assert answer.status_code == 202, answer.text
         assert answer.headers["Location"] == f"/v1/videos/{answer.json()['id']}"
         assert answer.headers["X-Runpod-Worker-Id"] == "worker7"
-        deadline = time.monotonic() + 60
-        while (video := httpx.get(served.url + answer.headers["Location"]).json())["status"] != "completed":
-            assert video["status"] in ("queued", "in_progress")
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        eventually(lambda: httpx.get(served.url + answer.headers["Location"]).json()["status"] == "completed")

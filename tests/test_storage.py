@@ -20,6 +20,7 @@ from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage, StorageError, open_storage
 from tests.buckets import READER, READER_SECRET, SECRET, S3Server, s3_fixture, s3_server_fixture
 from tests.conftest import REPOSITORY
+from tests.waiting import eventually
 
 __all__ = ["s3_fixture", "s3_server_fixture"]
 
@@ -67,13 +68,6 @@ def read(storage: Storage, name: str, job_id: str = JOB) -> bytes:
 
 def listed(storage: Storage, job_id: str = JOB) -> list[str]:
     return sorted(file.name for file in storage.folder(job_id).iterdir())
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
 
 
 def child(machine: Storage, code: str) -> "subprocess.Popen[str]":
@@ -226,7 +220,7 @@ def test_a_download_that_is_killed_leaves_no_half_file(machine: Machine, s3: S3S
     s3.set(hold=True, enough=3_000_000)
     downloading = child(there, f"storage.obtain({JOB!r}, 'clip.mp4')")
     part = there.folder(JOB) / "clip.mp4.part"
-    until(lambda: part.exists() and part.stat().st_size > 1_000_000)
+    eventually(lambda: part.exists() and part.stat().st_size > 1_000_000)
     downloading.send_signal(signal.SIGKILL)
     downloading.communicate()
     assert listed(there) == ["clip.mp4.part"]
@@ -333,7 +327,7 @@ def test_a_caller_hears_of_a_transfer_that_stands_still_and_may_end_it(
         assert isinstance(ended, KeyError)
         assert set(heard) == {"caller_0"}
     s3.set(hold=False)
-    until(lambda: "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket))
+    eventually(lambda: "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket))
     assert s3.keys(bucket) == [f"avatar/{JOB}/small.mp4"]
     there.obtain(JOB, "small.mp4")
     assert listed(there) == ["small.mp4"]

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from tests.databases import (  # noqa: F401 - for pytest to find
     postgres_fixture,
 )
 from tests.served import Served
+from tests.waiting import eventually
 
 LIMIT = 64 * 2**20  # bytes of a request
 
@@ -70,12 +70,14 @@ def test_while_the_runner_is_away_the_models_are_loading(tmp_path: Path) -> None
     with Served(tmp_path / "home") as running:
         running.kill("avatar_runner")
         answers: list[int] = []
-        deadline = time.monotonic() + 60
-        while 204 not in answers or answers[-1] != 200:
-            assert time.monotonic() < deadline, answers
-            answers.append(httpx.get(running.url + "/ping", timeout=10).status_code)
-            time.sleep(0.1)
-        assert set(answers) <= {200, 204}
+        with httpx.Client(timeout=10) as client:
+
+            def back_again() -> bool:
+                answers.append(client.get(running.url + "/ping").status_code)
+                return 204 in answers and answers[-1] == 200
+
+            eventually(back_again, answers)
+        assert set(answers) == {200, 204}
 
 
 def test_a_request_leaves_no_timer_behind_and_one_that_fails_ends_at_once() -> None:
@@ -144,10 +146,7 @@ def test_a_wrong_method_is_told_the_right_ones(served: Served) -> None:
 def test_uploads_and_downloads_of_any_size_pass_through_in_little_memory(served: Served) -> None:
     more = clients.large_files(served, 60, at_once=2)
     assert all(megabytes < clients.FLAT_MB for megabytes in more.values()), more
-    deadline = time.monotonic() + 60
-    while [path for path in served.temporary.rglob("*") if path.is_file()]:
-        assert time.monotonic() < deadline, "temporary files are left"
-        time.sleep(0.1)
+    eventually(lambda: not any(path.is_file() for path in served.temporary.rglob("*")), "temporary files are left")
 
 
 def test_the_api_is_as_its_description_says(served: Served, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage
 from avatar_api.video_writer import VideoWriter
 from tests.conftest import SmallDisk
+from tests.waiting import eventually
 
 FRAMES = 10  # of each clip
 
@@ -42,11 +43,7 @@ class Backend:
     storage: Storage
 
     def take(self) -> Claim:
-        deadline = time.monotonic() + 60
-        while (claim := self.store.claim("runner")) is None:
-            assert time.monotonic() < deadline, "there is no job"
-            time.sleep(self.store.poll_seconds)
-        return claim
+        return eventually(lambda: self.store.claim("runner"), "there is no job")
 
     def finish_clip(self, claim: Claim, index: int) -> None:
         """As the worker does it: segment, then record."""

@@ -9,7 +9,6 @@ import multiprocessing
 import re
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
@@ -31,6 +30,7 @@ from tests.databases import (  # noqa: F401 - for pytest to find
     database_fixture,
     postgres_fixture,
 )
+from tests.waiting import eventually
 
 QUICK = WebhookTimes(attempt=5, claim=60, poll=0.02, retries=(0.02,) * 4)
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -125,13 +125,6 @@ def finished(store: JobStore, url: str | None, state: str = "completed") -> Job:
         else:
             claim.fail({"type": "server_error", "code": "bad", "message": "Bad.", "param": None}, retry=False)
     return store.get(job.id)
-
-
-def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def settled(store: JobStore, *jobs: Job) -> bool:

@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from infinitetalk.pipeline import Clip
 from tests.buckets import S3Server, s3_fixture, s3_server_fixture
 from tests.conftest import REPOSITORY, SmallDisk
 from tests.stand_in import FRAMES, StandIn
+from tests.waiting import eventually
 
 __all__ = ["s3_fixture", "s3_server_fixture"]
 
@@ -78,13 +79,6 @@ class Machine:
     def clips_begun(self, job_id: str) -> list[int]:
         lines = self.notes.read_text().splitlines()
         return [int(line.split()[1]) for line in lines if line.split()[0] == job_id]
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture(autouse=True)

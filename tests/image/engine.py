@@ -19,7 +19,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.image.registries import free_port
+from tests.served import free_port
 
 CACHE = Path(os.environ.get("AVATAR_TEST_CACHE") or "~/.cache/avatar-api-test").expanduser()
 BASE = "localhost/avatar-test-base"

@@ -26,6 +26,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 
+from tests.served import free_port
+
 CLOCK_LEEWAY = 60  # seconds that docker-registry lets a token live beyond its end
 
 
@@ -47,11 +49,6 @@ def registry(folder: Path, options: str = "") -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def wait_for(host: str, process: subprocess.Popen[bytes]) -> None:

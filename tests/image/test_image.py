@@ -18,7 +18,8 @@ from avatar_api.protos.avatar_pb2_grpc import AvatarServiceStub
 from tests.conftest import REPOSITORY
 from tests.image.conftest import REPOSITORIES, TOKEN, Built, import_models
 from tests.image.engine import READY, Container, Engine, serving
-from tests.runpod_queue import JobApi, data_uri, eventually
+from tests.runpod_queue import JobApi, data_uri
+from tests.waiting import eventually
 
 GUIDE = """\
 cd /app/InfiniteTalk
@@ -142,12 +143,14 @@ class TestOnRunPodsQueue:
     loopback."""
 
     @pytest.fixture(scope="class")
-    def api(self) -> JobApi:
+    @classmethod
+    def api(cls) -> JobApi:
         return JobApi()
 
     @pytest.fixture(scope="class")
+    @classmethod
     def worker(
-        self, engine: Engine, pulled: str, api: JobApi, tmp_path_factory: pytest.TempPathFactory
+        cls, engine: Engine, pulled: str, api: JobApi, tmp_path_factory: pytest.TempPathFactory
     ) -> Iterator[Container]:
         given = [part for name, value in api.environment.items() for part in ("--env", f"{name}={value}")]
         with serving(engine, pulled, tmp_path_factory.mktemp("worker"), *given) as running:
