@@ -5,7 +5,8 @@
     for blob, content in wanted(source, code.layers): ...   # and again, to send, where it is large
 
 An engine's image comes through a pipe, `podman save` or `docker save`. podman writes each layer into a file in TMPDIR
-(/var/tmp) before it sends it, one after the other: the scratch disk of a push is its largest layer of code.
+(/var/tmp) before it sends it, one after the other: the scratch disk of a push is its largest layer of code. Docker's
+daemon writes all of it into its own folder first.
 """
 
 import json

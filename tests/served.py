@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -65,7 +66,8 @@ class Served:
         **settings: object,
     ) -> None:
         """runpod: what RunPod sets in the environment, for `scripts/start.py` to start it there; bento_home: a
-        BENTOML_HOME whose models are served, in place of the stand-in; settings: of the service, by their names."""
+        BENTOML_HOME whose models are served, in place of the stand-in; environment: more of that; settings: of the
+        service, by their names."""
         port = str(free_port())
         self.home = home
         self.temporary = Path(tempfile.mkdtemp(prefix="served-"))  # short: names of sockets are limited
@@ -134,7 +136,7 @@ class Served:
         eventually(lambda: self._ready() or self._process.poll() is not None, "it is not ready")
         assert self._process.poll() is None, self.log
 
-    @property
+    @cached_property
     def store(self) -> JobStore:
         return JobStore(f"sqlite:///{self.home / 'jobs.db'}")
 
