@@ -114,7 +114,7 @@ def test_the_container_makes_the_same_video_over_http_and_grpc(
 
 def test_it_says_what_it_verified_and_which_gpu_it_found_and_prints_the_guides_command(container: Container) -> None:
     said = container.log.partition(READY)[2]
-    assert "3 models, 50 files, 19.4 MB, sizes as in their locks" in said
+    assert "3 models, 50 files, 16.7 MB, sizes as in their locks" in said
     assert "GPU: " in said
     assert GUIDE.split() == said.partition("cd ")[2].partition("test_output")[0].join(["cd ", "test_output"]).split()
 
