@@ -246,9 +246,9 @@ class TestDeaths:
             os.kill(child(decoder), signal.SIGKILL)
             assert np.array_equal(opened[60], footage[60])
 
-    def test_a_second_time_it_is_for_want_of_memory(self, voice: Path) -> None:
+    def test_a_second_time_it_is_for_want_of_memory(self, bomb: Path) -> None:
         with pytest.raises(InputError, match="more memory than there is now; send a smaller one") as refusal:
-            hit_while_reading(voice, signal.SIGKILL, 2)
+            hit_while_reading(bomb, signal.SIGKILL, 2)
         assert refusal.value.code == "too_large"
 
     def test_a_fault_of_ours_is_not_the_callers(self, decoder: Decoder, film: Path) -> None:

@@ -800,7 +800,7 @@ def test_a_runner_gives_up_when_the_database_stays_away(database: Database) -> N
 
 def test_after_a_suspension_runners_keep_their_jobs(store: JobStore, runners: Runners) -> None:
     """The lid was closed, all leases have run out, and the idle runner wakes up first."""
-    job = store.submit({"clips": 1, "steps": 120})
+    job = store.submit({"clips": 1, "steps": 250})
     busy, idle = runners.start("busy"), runners.start("idle")
     eventually(lambda: runners.clips(job))
     time.sleep(QUICK.lease)  # the idle one may take over from now on

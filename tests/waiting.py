@@ -15,5 +15,5 @@ def eventually(ask: Callable[[], Answer | None], otherwise: object = "it never c
     while not (answer := ask()):
         assert time.monotonic() < deadline, otherwise
         time.sleep(pause)
-        pause = min(2 * pause, 0.16)
+        pause = min(2 * pause, 0.04)
     return answer
