@@ -22,7 +22,7 @@ from rich.table import Table
 from avatar_api.jobs import Job, JobSettings, JobStore
 from tests.databases import Database, PostgresServer, find_postgres
 from tests.test_jobs import Runners, finished, processes
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 SETTINGS = JobSettings(lease=5, beat=0.5, poll=0.25)
 SUBMITTERS, KEYS = 50, 500
@@ -71,7 +71,7 @@ def measure_cancel(store: JobStore, runners: Runners) -> str:
     times = []
     for sample in range(SAMPLES):
         job = store.submit({"steps": 10_000, "seconds": 0.01})
-        eventually(partial(runners.clips, job))
+        eventually(partial(runners.clips, job), seconds=PATIENCE)
         time.sleep(sample / SAMPLES * SETTINGS.beat)
         asked = time.time()
         store.cancel(job.id)
@@ -84,7 +84,7 @@ def measure_end(end: str, successor: str, store: JobStore, runners: Runners) -> 
     """A runner ends in the middle of a clip; the job goes on in one that waits, or in the same, started again."""
     job = store.submit({"clips": 1, "steps": 1000})
     first = runners.start("first")
-    eventually(lambda: runners.clips(job))
+    eventually(lambda: runners.clips(job), seconds=PATIENCE)
     if successor != "first":
         runners.start(successor)
         time.sleep(SETTINGS.lease)  # it may take over from now on
@@ -92,7 +92,7 @@ def measure_end(end: str, successor: str, store: JobStore, runners: Runners) -> 
     {"kill -9": first.kill, "SIGTERM": first.terminate}[end]()
     if successor == "first":
         runners.start("first")
-    eventually(lambda: len(runners.clips(job)) == 2)
+    eventually(lambda: len(runners.clips(job)) == 2, seconds=PATIENCE)
     return f"{time.monotonic() - ended:.2f}"
 
 
@@ -109,7 +109,7 @@ def measure_outage(server: PostgresServer, seconds: float, store: JobStore, runn
 
 
 def completed(store: JobStore, jobs: Sequence[Job]) -> list[Job]:
-    eventually(lambda: finished(store, *jobs))
+    eventually(lambda: finished(store, *jobs), seconds=2 * PATIENCE)
     return [store.get(job.id) for job in jobs]
 
 

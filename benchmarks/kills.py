@@ -192,7 +192,7 @@ def prove(
             finally:
                 stopped.set()
         with closing(JobStore(product.settings.database)) as store:
-            eventually(lambda: all(job.webhook_url is None for job in store.all()))
+            eventually(lambda: all(job.webhook_url is None for job in store.all()), seconds=PATIENCE)
             seconds = time.monotonic() - started
             begun = [line.split() for line in product.notes.read_text().splitlines()]
             recorded = {

@@ -49,7 +49,7 @@ from scripts.start import VOLUME
 from tests.runpod_queue import Asked, JobApi, Worker, data_uri
 from tests.served import Footprint
 from tests.supervised import RUNNERS, Supervised
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 MOMENT = 2.0  # seconds: within so many of a job's taking comes a kill
 WRONG_EVERY = 7  # jobs, under kills, has a size that is none
@@ -119,7 +119,7 @@ def under_kills(
             asked.append(job)
             again = 0
             for victim in victims[len(victims) * number // jobs : len(victims) * (number + 1) // jobs]:
-                eventually(partial(_taken, job, again), f"{job.id} is not taken")
+                eventually(partial(_taken, job, again), f"{job.id} is not taken", seconds=PATIENCE)
                 time.sleep(chance.uniform(0, MOMENT))
                 figures.in_the_making[victim] += not job.answers
                 if victim == "worker":
@@ -131,7 +131,7 @@ def under_kills(
                         product.kill(role)
                 figures.kills[victim] += 1
                 product.check()
-            eventually(partial(getattr, job, "answers"), f"{job.id} was not answered")
+            eventually(partial(getattr, job, "answers"), f"{job.id} was not answered", seconds=PATIENCE)
             figures.given_again += again
     for number, job in enumerate(asked):
         if _wrong(number):

@@ -51,6 +51,8 @@ def head_of(repository: str, revision: str) -> str:
 
 
 def files_of(repository: str, commit: str) -> list[File]:
+    """All files of a commit."""
+
     def list_files() -> list[File]:
         return [
             File(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.xet_hash)

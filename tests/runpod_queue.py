@@ -93,7 +93,7 @@ class JobApi(ThreadingHTTPServer):
     def answer(self, job_id: str, wanted: Any) -> Asked:
         """A job and its end."""
         job = self.ask(job_id, wanted)
-        eventually(lambda: job.answers, f"{job_id} was not answered")
+        eventually(lambda: job.answers, f"{job_id} was not answered", seconds=PATIENCE)
         return job
 
     def stop(self, job_id: str) -> None:

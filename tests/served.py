@@ -102,11 +102,11 @@ class Served:
                 self._command, cwd=REPOSITORY, env=self._environment, stdout=output, stderr=output
             )
 
-    def run(self) -> int:
+    def run(self, seconds: float = PATIENCE) -> int:
         """Start it, in the place of entering it, and wait until it ends by itself. The exit status."""
         self._start()
         try:
-            return self._process.wait(PATIENCE)
+            return self._process.wait(seconds)
         finally:
             self.__exit__()
 
@@ -133,7 +133,7 @@ class Served:
         return (self.home / "log").read_text()
 
     def wait_until_ready(self) -> None:
-        eventually(lambda: self._ready() or self._process.poll() is not None, "it is not ready")
+        eventually(lambda: self._ready() or self._process.poll() is not None, "it is not ready", seconds=PATIENCE)
         assert self._process.poll() is None, self.log
 
     @cached_property

@@ -38,7 +38,7 @@ from avatar_api.webhooks import Webhooks, WebhookTimes
 from avatar_api.worker import work
 from tests.served import free_port
 from tests.stand_in import StandIn
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 REPOSITORY = Path(__file__).parent.parent
 RUNNERS = 2
@@ -138,7 +138,7 @@ class Supervised:
             command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         threading.Thread(target=self._listen, daemon=True).start()
-        eventually(lambda: self._answers() or self._process.poll() is not None, "nothing answers")
+        eventually(lambda: self._answers() or self._process.poll() is not None, "nothing answers", seconds=PATIENCE)
         self.check()
         return self
 

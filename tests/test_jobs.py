@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -43,8 +44,10 @@ from avatar_api.jobs import (
     QueueLimits,
     runner_name,
 )
+from tests import waiting
 from tests.databases import Database, LossyWire, database_fixture, postgres_fixture  # noqa: F401 - for pytest to find
-from tests.waiting import eventually
+
+eventually = partial(waiting.eventually, seconds=20)
 
 QUICK = JobSettings(lease=1.5, beat=0.2, poll=0.05, outage=60, stall=60, backoff=0.3)
 BAD_LUCK: Json = {"type": "server_error", "code": "out_of_memory", "message": "The GPU is full.", "param": None}
@@ -440,7 +443,7 @@ def test_eight_runners_run_nothing_twice(store: JobStore, runners: Runners) -> N
     submitted = [store.submit({"steps": 0}, priority=number % 3) for number in range(120)]
     for number in range(8):
         runners.start(f"runner-{number}")
-    eventually(lambda: finished(store, *submitted))
+    eventually(lambda: finished(store, *submitted), seconds=60)
     assert store.counts() == {"completed": 120}
     assert all(runners.clips(job) == [(0, 1), (1, 1), (2, 1)] for job in submitted)
     assert len({name for *_, name in runners.noted("clip")}) > 1
@@ -571,7 +574,7 @@ def test_kills_at_random_moments_lose_nothing_and_repeat_nothing(store: JobStore
         name = chance.choice(list(fleet))
         fleet[name].kill()
         fleet[name] = runners.start(name)
-    eventually(lambda: finished(store, *submitted))
+    eventually(lambda: finished(store, *submitted), seconds=60)
     assert store.counts() == {"completed": 50}
     for job in submitted:
         assert_done_once(store, runners, job)

@@ -8,7 +8,7 @@ from avatar_api.loading import ATTEMPTS, EXIT_STATUS
 from tests.conftest import import_tiny
 from tests.runpod_queue import JobApi
 from tests.served import Served
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 MISFIT, FULL, KILLED = "misfit", "full", "killed"
 
@@ -48,7 +48,7 @@ def test_what_passes_is_tried_again_and_counted_anew_once_they_were_loaded(tmp_p
         assert "MemoryError: Cannot allocate." in server.log
         (tmp_path / "home" / "loads").write_text(f"{FULL}\n" * (ATTEMPTS - 1))
         server.kill("avatar_runner")
-        eventually(lambda: server.log.count("Models loaded on") == 2)
+        eventually(lambda: server.log.count("Models loaded on") == 2, seconds=PATIENCE)
         server.wait_until_ready()
 
 

@@ -75,7 +75,8 @@ def test_a_video_begun_on_a_machine_that_dies_is_finished_on_another(
         submit(store, open_storage(machine("api 1")), "video_a", voice)
         first = multiprocessing.get_context("spawn").Process(target=serve, args=(machine("gpu 1"), snapshots))
         first.start()
-        eventually(lambda: store.clips("video_a") or not first.is_alive())
+        eventually(lambda: store.clips("video_a") or not first.is_alive(), seconds=180)
+        assert first.is_alive()
         first.kill()
         first.join()
         for lost in ("api 1", "gpu 1"):

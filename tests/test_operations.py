@@ -183,7 +183,7 @@ def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: Postgr
     made = client.post("/v1/videos", json=request, headers=traced).json()["id"]
     waiting = client.post("/v1/videos", json=request).json()["id"]
     client.post(f"/v1/videos/{waiting}/cancel")
-    eventually(lambda: state(made) == "completed", "the video is made")
+    eventually(lambda: state(made) == "completed", "the video is made", seconds=120)
     seen.videos |= {"completed": made, "cancelled": waiting}
     for path in (f"/v1/videos/{made}", f"/v1/videos/{made}/content", "/", "/docs.json", "/static_content/index.css"):
         seen.headers[path.replace(made, "ID")] = client.get(path).headers
@@ -194,9 +194,9 @@ def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: Postgr
     (home / "jobs" / refused).mkdir()
     (home / "jobs" / refused / "input_reference").write_text("no picture")
     store.submit(store.get(made).spec | {"files": {}}, job_id=refused)
-    eventually(lambda: store.get(refused).state == "failed", "the runner refuses the job")
+    eventually(lambda: store.get(refused).state == "failed", "the runner refuses the job", seconds=120)
     broken = store.submit({"files": {}}).id
-    eventually(lambda: store.get(broken).error, "the job fails for the first time")
+    eventually(lambda: store.get(broken).error, "the job fails for the first time", seconds=120)
     store.cancel(broken)
     seen.videos |= {"failed": refused, "broken": broken}
 
@@ -213,8 +213,8 @@ def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: Postgr
     for number in range(3):
         client.get(f"/v1/videos/video_{number}")
         client.get(f"/guess/{number}")
-    eventually(lambda: seen.world.hooks, "the webhook")
-    eventually(lambda: any(span.name == "job" for span in seen.world.spans), "the job's span")
+    eventually(lambda: seen.world.hooks, "the webhook", seconds=120)
+    eventually(lambda: any(span.name == "job" for span in seen.world.spans), "the job's span", seconds=120)
     seen.metrics = client.get("/metrics").text
     seen.headers["/metrics"] = client.get("/metrics").headers
 
@@ -222,10 +222,10 @@ def live(seen: Observed, client: httpx.Client, store: JobStore, postgres: Postgr
     try:
         assert client.get("/v1/videos").status_code == 503
         seen.metrics_without_database = client.get("/metrics").text
-        eventually(lambda: "the database is away" in server.log, "the runner notices")
+        eventually(lambda: "the database is away" in server.log, "the runner notices", seconds=120)
     finally:
         postgres.start()
-    eventually(lambda: client.get("/v1/videos").status_code == 200, "the database is back")
+    eventually(lambda: client.get("/v1/videos").status_code == 200, "the database is back", seconds=120)
 
 
 class TestMetrics:

@@ -37,7 +37,7 @@ from tests.served import Served
 from tests.test_pipeline import PICTURE, video, voice
 from tests.test_service import generate as generate_over_http
 from tests.toy_ranks import Add, Trouble, die, fail, hang
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 
 def followers_of(process: int) -> list[psutil.Process]:
@@ -258,7 +258,7 @@ class TestTheRunner:
             return folder
 
         def run_next(ranks: InfiniteTalkPipeline) -> Job:
-            with eventually(lambda: store.claim("runner")) as claim:
+            with eventually(lambda: store.claim("runner"), seconds=PATIENCE) as claim:
                 assert run(claim, ranks, open_storage(settings), Shutdown())
             return store.get(claim.job.id)
 
@@ -294,7 +294,9 @@ class TestTheRunner:
         tmp_path: Path,
     ) -> None:
         with Served(tmp_path, bento_home=bento_home, gpus=2, device="cpu") as server:
-            assert generate_over_http(server, voice_file, size="64x64", steps="1", max_seconds="0.04").is_success
+            assert (
+                generate_over_http(server, voice_file, size="64x64", steps="1", max_seconds="0.04").status_code == 200
+            )
             (follower,) = followers_of(server.process("avatar_runner").pid)
             server.kill("avatar_runner")
             follower.wait(30)

@@ -58,11 +58,11 @@ def test_a_run_interrupted_after_any_clip_goes_on_as_if_it_had_not_been(
 ) -> None:
     whole = list(generate(pipeline, 45))
     assert len(whole) == 4
-    begun = generate(pipeline, 45)
-    next(begun)
-    begun.close()  # type: ignore[attr-defined]
     for stop in range(3):
-        state = whole[stop].state
+        begun = generate(pipeline, 45)
+        states = [next(begun).state for _ in range(stop + 1)]
+        begun.close()  # type: ignore[attr-defined]
+        state = states[-1]
         assert state is not None
         state.save(tmp_path / "state.safetensors")
         rest = list(generate(pipeline, 45, resume_from=ClipState.load(tmp_path / "state.safetensors")))

@@ -184,13 +184,13 @@ def test_what_cannot_be_used_is_answered_at_once_by_name(api: JobApi, worker: Wo
 def test_a_job_that_is_stopped_stops_within_a_step(api: JobApi, worker: Worker, settings: ServiceSettings) -> None:
     job = api.ask("stopped-u1", wanted(CLIPS, steps=200))
     store = JobStore(settings.database)
-    eventually(lambda: any("step" in told for told in job.progress))
+    eventually(lambda: any("step" in told for told in job.progress), seconds=PATIENCE)
     api.stop(job.id)
-    eventually(lambda: store.get(local_id(job.id)).state == "cancelled")
+    eventually(lambda: store.get(local_id(job.id)).state == "cancelled", seconds=PATIENCE)
     assert api.answer("after-u1", wanted(1)).output["frames"], "the worker goes on"
     assert job.answers == [], "RunPod knows"
     api.retry()  # somebody asks RunPod to try it again
-    eventually(lambda: job.answers)
+    eventually(lambda: job.answers, seconds=PATIENCE)
     assert job.output["frames"] == CLIPS * FRAMES - 3
 
 
@@ -222,7 +222,7 @@ def test_a_video_that_is_too_large_is_made_smaller(tmp_path: Path) -> None:
         backend = runpod_worker._Backend(settings, runner.store, open_storage(settings))
         queue = runpod_worker.QueueWorker(backend, tmp_path, lambda: None)
         queue._take("video_large", wanted(2, size="640x640"), RUN_BYTES)
-        eventually(lambda: runner.store.get("video_large").state == "completed")
+        eventually(lambda: runner.store.get("video_large").state == "completed", seconds=PATIENCE)
         job = runner.store.get("video_large")
         whole, answer = queue._output(job, RUNSYNC_BYTES), queue._output(job, 300_000)
     assert len(whole["video_base64"]) > 500_000 > 300_000 > len(json.dumps(answer)) > 150_000
@@ -236,7 +236,7 @@ def test_sigterm_lets_the_job_in_the_making_be_finished(tmp_path: Path) -> None:
     settings = ServiceSettings(home=tmp_path / "home")
     with Worker(api, settings.home) as worker, running(settings, tmp_path / "notes"):
         job = api.ask("drained-u1", wanted(steps=100))
-        eventually(lambda: job.progress)
+        eventually(lambda: job.progress, seconds=PATIENCE)
         later = api.ask("later-u1", wanted(1))
         assert worker.drain() == 0
         assert job.output["frames"]
@@ -250,7 +250,7 @@ def test_after_the_gpu_failed_a_fresh_worker_is_asked_for_and_no_job_taken(tmp_p
     store = JobStore(settings.database, JobSettings(beat=0.1))
     with Worker(api, settings.home) as worker:
         job = api.ask("poisoned-u1", wanted())
-        claim = eventually(lambda: store.claim("runner"))
+        claim = eventually(lambda: store.claim("runner"), seconds=PATIENCE)
         with claim:
             claim.fail(GPU_FAILED, retry=False)
         assert worker.process.wait(PATIENCE) == 0
@@ -265,7 +265,7 @@ class TestAJobWhoseWorkerDied:
         settings.home.mkdir()
         store = JobStore(settings.database, JobSettings(beat=0.1))
         with Worker(api, settings.home, **_own(settings)) as worker:
-            claim = eventually(lambda: store.claim("runner"))
+            claim = eventually(lambda: store.claim("runner"), seconds=PATIENCE)
 
             class Dies(StandIn):
                 def generate(self, *arguments: Any, **options: Any) -> Any:
@@ -289,7 +289,7 @@ class TestAJobWhoseWorkerDied:
         self._die_after_a_clip(one, api, job, notes)
         notes.unlink()
         with Worker(api, other.home, **_own(other)), running(other, notes):
-            eventually(lambda: job.answers)
+            eventually(lambda: job.answers, seconds=PATIENCE)
         assert [line.split()[-2] for line in notes.read_text().splitlines()] == ["1", "2"], "the clips that were begun"
         assert job.output["video_base64"] == finished.output["video_base64"], "to the byte"
 
@@ -304,7 +304,7 @@ class TestAJobWhoseWorkerDied:
         self._die_after_a_clip(one, api, job, notes)
         notes.unlink()
         with Worker(api, other.home, **_own(other)), running(other, notes):
-            eventually(lambda: job.answers)
+            eventually(lambda: job.answers, seconds=PATIENCE)
         assert [line.split()[-2] for line in notes.read_text().splitlines()] == ["1", "2"], "the clips that were begun"
         assert httpx.get(job.output["video_url"]).content == right, "to the byte, by the link"
 

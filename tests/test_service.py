@@ -254,7 +254,7 @@ def test_a_caller_that_goes_away_cancels_its_video(server: Served, voice: Path) 
     with pytest.raises(httpx.ReadTimeout):
         files = {"image": PICTURE.open("rb"), "audio": voice.open("rb")}
         httpx.post(f"{server.url}/generate", files=files, data={"size": "64x64", "steps": "100"}, timeout=4)
-    eventually(lambda: newest(server).state == "cancelled")
+    eventually(lambda: newest(server).state == "cancelled", seconds=20)
     assert "Traceback" not in server.log
 
 
@@ -267,8 +267,10 @@ def start_and_wait_for_progress(server: Served, voice: Path, percent: float) -> 
             generate(server, voice, **LONG)
 
     threading.Thread(target=call, daemon=True).start()
-    started = eventually(lambda: [job.id for job in server.store.page(limit=100) if job.id not in before])[0]
-    eventually(lambda: (server.store.get(started).progress or {}).get("percent", 0) >= percent)
+    started = eventually(lambda: [job.id for job in server.store.page(limit=100) if job.id not in before], seconds=120)[
+        0
+    ]
+    eventually(lambda: (server.store.get(started).progress or {}).get("percent", 0) >= percent, seconds=120)
     return started
 
 
@@ -279,7 +281,7 @@ def test_the_video_is_right_although_a_process_was_killed(
 ) -> None:
     job_id = start_and_wait_for_progress(server, voice, percent)
     server.kill(service)
-    eventually(lambda: server.store.get(job_id).state in FINISHED)
+    eventually(lambda: server.store.get(job_id).state in FINISHED, seconds=180)
     job = server.store.get(job_id)
     assert job.state == "completed", job.error
     assert job.result is not None
@@ -291,7 +293,7 @@ def test_the_video_is_right_although_a_process_was_killed(
 
 def test_a_missing_model_is_named_with_the_command_that_imports_it(tmp_path: Path) -> None:
     server = Served(tmp_path, bento_home=tmp_path)
-    assert server.run() != 0
+    assert server.run(60) != 0
     assert "import it: python models/import_models.py --only " in " ".join(server.log.split())
     assert "Traceback" not in server.log
 

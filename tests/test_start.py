@@ -12,7 +12,7 @@ from scripts.start import OWN_DATABASE, settings_for
 from tests.runpod_queue import JobApi
 from tests.served import Served, free_port
 from tests.test_runpod_worker import CLIPS, PICTURE, voice, wanted
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 BALANCED = {"RUNPOD_ENDPOINT_ID": "endpoint", "RUNPOD_POD_ID": "worker7"}
 QUEUE = BALANCED | {"RUNPOD_WEBHOOK_GET_JOB": "https://…"}
@@ -46,17 +46,17 @@ def test_a_queue_endpoints_worker_outlives_its_server_and_ends_it_when_it_ends(t
     api = JobApi()
     with Served(tmp_path / "home", api.environment) as served:
         job = api.ask("started-u1", wanted(steps=100))
-        eventually(lambda: JobStore(f"sqlite:///{served.home / 'jobs.db'}").page())
+        eventually(lambda: JobStore(f"sqlite:///{served.home / 'jobs.db'}").page(), seconds=PATIENCE)
         killed = server_processes(served)
         killed[0].kill()  # the arbiter: its services are left
-        eventually(lambda: job.answers)
+        eventually(lambda: job.answers, seconds=PATIENCE)
         assert job.output["frames"] == CLIPS * 10 - 3
         now = server_processes(served)
         assert now
         assert not {process.pid for process in killed} & {process.pid for process in now}
         assert "it is started again" in served.log
     assert api.unauthorized == 0
-    eventually(lambda: not server_processes(served))
+    eventually(lambda: not server_processes(served), seconds=PATIENCE)
 
 
 class TestALoadBalancingEndpointsWorker:
@@ -88,4 +88,9 @@ class TestALoadBalancingEndpointsWorker:
         assert answer.status_code == 202, answer.text
         assert answer.headers["Location"] == f"/v1/videos/{answer.json()['id']}"
         assert answer.headers["X-Runpod-Worker-Id"] == "worker7"
-        eventually(lambda: httpx.get(served.url + answer.headers["Location"]).json()["status"] == "completed")
+
+        def status() -> str:
+            return str(httpx.get(served.url + answer.headers["Location"]).json()["status"])
+
+        eventually(lambda: status() not in ("queued", "in_progress"))
+        assert status() == "completed"

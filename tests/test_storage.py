@@ -220,7 +220,7 @@ def test_a_download_that_is_killed_leaves_no_half_file(machine: Machine, s3: S3S
     s3.set(hold=True, enough=3_000_000)
     downloading = child(there, f"storage.obtain({JOB!r}, 'clip.mp4')")
     part = there.folder(JOB) / "clip.mp4.part"
-    eventually(lambda: part.exists() and part.stat().st_size > 1_000_000)
+    eventually(lambda: part.exists() and part.stat().st_size > 1_000_000, seconds=30)
     downloading.send_signal(signal.SIGKILL)
     downloading.communicate()
     assert listed(there) == ["clip.mp4.part"]
@@ -327,7 +327,7 @@ def test_a_caller_hears_of_a_transfer_that_stands_still_and_may_end_it(
         assert isinstance(ended, KeyError)
         assert set(heard) == {"caller_0"}
     s3.set(hold=False)
-    eventually(lambda: "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket))
+    eventually(lambda: "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket), seconds=30)
     assert s3.keys(bucket) == [f"avatar/{JOB}/small.mp4"]
     there.obtain(JOB, "small.mp4")
     assert listed(there) == ["small.mp4"]

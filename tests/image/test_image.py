@@ -19,7 +19,7 @@ from tests.conftest import REPOSITORY
 from tests.image.conftest import REPOSITORIES, TOKEN, Built, import_models
 from tests.image.engine import READY, Container, Engine, serving
 from tests.runpod_queue import JobApi, data_uri
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 GUIDE = """\
 cd /app/InfiniteTalk
@@ -174,7 +174,7 @@ class TestOnRunPodsQueue:
 
     def test_sigterm_lets_it_finish_the_job_that_it_has_and_take_no_other(self, api: JobApi, worker: Container) -> None:
         job = api.ask("drained-u1", self.wanted(steps=200))
-        eventually(lambda: any("step" in told for told in job.progress))
+        eventually(lambda: any("step" in told for told in job.progress), seconds=PATIENCE)
         later = api.ask("later-u1", self.wanted())
         assert worker.stop(seconds=600) == 0, worker.log
         assert job.output["frames"] == FRAMES
