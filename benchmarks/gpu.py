@@ -158,7 +158,7 @@ def random_pipeline(device: torch.device) -> InfiniteTalkPipeline:
         random_weights(module, device) for module in memory_presets.published_shapes()
     )
     with tempfile.TemporaryDirectory() as folder:
-        snapshots.write_wan(Path(folder), seed=0)
+        snapshots.write_wan_configs(Path(folder))
         tokenizer = checkpoints.load_tokenizer(Path(folder))
     return InfiniteTalkPipeline(
         transformer, vae, text_encoder, tokenizer, image_encoder, speech_encoder, PRESETS["141gb"]

@@ -263,6 +263,15 @@ def write_json(path: Path, content: object) -> None:
 
 def write_wan(folder: Path, seed: int) -> None:
     """Wan2.1-I2V-14B-480P: transformer in float32 shards, T5 in bfloat16, CLIP in float16, autoencoder in float32."""
+    write_wan_configs(folder)
+    for shard in range(SHARDS):
+        write_shard(folder, seed, shard)
+    for write in (write_t5, write_clip, write_vae):
+        write(folder, seed)
+
+
+def write_wan_configs(folder: Path) -> None:
+    """All that holds no weights."""
     config = {
         "_class_name": "WanModel",
         "_diffusers_version": "0.30.0",
@@ -278,13 +287,41 @@ def write_wan(folder: Path, seed: int) -> None:
         "text_len": 512,
     }
     write_json(folder / "config.json", config)
-    write_shards(folder, base_transformer(seed))
-    torch.save(text_encoder(seed), folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    clip = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-    torch.save(draw(seed, clip, clip_layout(), torch.float16), folder / clip)
-    torch.save(draw(seed, "Wan2.1_VAE.pth", vae_layout()), folder / "Wan2.1_VAE.pth")
+    files = {name: shard_file(shard) for shard in range(SHARDS) for name in shard_layout(shard)}
+    total_size = sum(4 * prod(shape) for shape in transformer_layout().values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(files.items()))}
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
     for tokenizer in ("google/umt5-xxl", "xlm-roberta-large"):
         write_tokenizer(folder / tokenizer)
+
+
+def write_shard(folder: Path, seed: int, shard: int) -> None:
+    tensors = draw(seed, "diffusion_pytorch_model", shard_layout(shard))
+    save_file(tensors, folder / shard_file(shard), metadata={"format": "pt"})
+
+
+def shard_file(shard: int) -> str:
+    return f"diffusion_pytorch_model-{1 + shard:05d}-of-{SHARDS:05d}.safetensors"
+
+
+def shard_layout(shard: int) -> Layout:
+    """The keys in alphabetical order, cut into equal runs."""
+    layout = transformer_layout()
+    names = sorted(layout)
+    return {name: layout[name] for i, name in enumerate(names) if i * SHARDS // len(names) == shard}
+
+
+def write_t5(folder: Path, seed: int) -> None:
+    torch.save(text_encoder(seed), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+
+
+def write_clip(folder: Path, seed: int) -> None:
+    clip = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    torch.save(draw(seed, clip, clip_layout(), torch.float16), folder / clip)
+
+
+def write_vae(folder: Path, seed: int) -> None:
+    torch.save(draw(seed, "Wan2.1_VAE.pth", vae_layout()), folder / "Wan2.1_VAE.pth")
 
 
 def base_transformer(seed: int) -> dict[str, Tensor]:
@@ -297,21 +334,6 @@ def text_encoder(seed: int) -> dict[str, Tensor]:
         # T5 does not divide its attention scores by the root of the head's width: its queries are that much smaller.
         tensors[f"blocks.{i}.attn.q.weight"] /= (TEXT_DIM // TEXT_HEADS) ** 0.5
     return tensors
-
-
-def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """The keys in alphabetical order, cut into equal runs, with the index that says which is where."""
-    names = sorted(tensors)
-    shard_of = {
-        name: f"diffusion_pytorch_model-{1 + i * SHARDS // len(names):05d}-of-{SHARDS:05d}.safetensors"
-        for i, name in enumerate(names)
-    }
-    for shard in sorted(set(shard_of.values())):
-        content = {name: tensors[name] for name in names if shard_of[name] == shard}
-        save_file(content, folder / shard, metadata={"format": "pt"})
-    total_size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total_size}, "weight_map": shard_of}
-    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -380,9 +402,7 @@ def write_infinitetalk(folder: Path, seed: int) -> None:
     """InfiniteTalk: the audio branch for one person and for two, and whole quantised models."""
     (folder / "comfyui").mkdir()
     for people in ("single", "multi"):
-        (folder / people).mkdir()
-        path = folder / people / "infinitetalk.safetensors"
-        save_file(audio_branch(seed, people), path, metadata={"format": "pt"})
+        path = write_audio_branch(folder, seed, people)
         shutil.copyfile(path, folder / "comfyui" / f"infinitetalk_{people}.safetensors")
     try:
         import optimum.quanto  # noqa: F401  (seconds to import, so only here)
@@ -390,6 +410,13 @@ def write_infinitetalk(folder: Path, seed: int) -> None:
         print(f"InfiniteTalk/quant_models is left out: it takes optimum-quanto ({missing})")
     else:
         write_quantized(folder / "quant_models", seed)
+
+
+def write_audio_branch(folder: Path, seed: int, people: str) -> Path:
+    path = folder / people / "infinitetalk.safetensors"
+    path.parent.mkdir()
+    save_file(audio_branch(seed, people), path, metadata={"format": "pt"})
+    return path
 
 
 def audio_branch(seed: int, people: str) -> dict[str, Tensor]:

@@ -81,7 +81,6 @@ class Served:
             **os.environ,
             "PORT": port,
             **(runpod or {}),
-            **environment,
             "BENTOML_HOME": str(bento_home or home / "bentoml"),
             "BENTOML_CONFIG": str(REPOSITORY / "configuration.yaml"),
             "BENTOML_DO_NOT_TRACK": "1",
@@ -89,6 +88,7 @@ class Served:
             "OMP_NUM_THREADS": "1",
             "TMPDIR": str(self.temporary),
         } | {f"AVATAR_{name.upper()}": str(value) for name, value in {"auth": "off", "home": home, **settings}.items()}
+        self._environment |= environment
 
     def _start(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)

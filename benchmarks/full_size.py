@@ -1,0 +1,303 @@
+"""The whole service with models of the published size: what its user waits for on this GPU, and does it keep its word?
+
+    python -m benchmarks.full_size FOLDER [SECTION ...] [--memory PRESET]
+
+Writes the three snapshots as they lie on the hub, with random weights, into FOLDER (100 GB; /dev/shm does), imports
+them as users do, runs `bentoml serve`, and asks for videos over HTTP. What is in FOLDER already stays, so sections can
+be run one by one. Nothing is downloaded. Prints Markdown, each line when it is known; ends with 1 if a promise is
+broken. `--tiny --size 64x64` shows without a GPU that everything runs.
+"""
+
+import argparse
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import soundfile
+import torch
+
+from scripts import make_tiny_snapshots as snapshots
+from tests.conftest import REPOSITORY
+from tests.served import Served
+
+GB = 1e9
+PUBLISHED = {
+    "DIM": 5120, "HEADS": 40, "FFN_DIM": 13824, "LAYERS": 40,
+    "TEXT_DIM": 4096, "TEXT_HEADS": 64, "TEXT_FFN_DIM": 10240, "TEXT_LAYERS": 24, "TEXT_VOCABULARY": 256384,
+    "IMAGE_DIM": 1280, "IMAGE_LAYERS": 32, "IMAGE_OUT": 1024,
+    "CAPTION_DIM": 1024, "CAPTION_LAYERS": 24, "CAPTION_VOCABULARY": 250002, "VAE_DIM": 96,
+    "SPEECH_DIM": 768, "SPEECH_FFN_DIM": 3072, "SPEECH_CHANNELS": 512, "CODE_DIM": 256,
+    "AUDIO_HIDDEN": 512, "AUDIO_DIM": 768,
+}  # fmt: skip
+"""The sizes in scripts/make_tiny_snapshots.py's own comments."""
+WRITERS = 5  # files at a time: each is drawn in memory before it is written
+PATIENCE = 3600  # seconds that a video may take
+TWO_CLIPS = 81 + 72  # frames
+PICTURE, TWO_PEOPLE = (REPOSITORY / "examples" / name for name in ("portrait.png", "two_people.jpg"))
+
+
+class Bench(NamedTuple):
+    folder: Path
+    served: Served
+    size: str
+    steps: int
+
+
+def row(*cells: object) -> None:
+    texts = (f"{cell:.3g}" if isinstance(cell, float) and cell < 100 else f"{cell:.0f}" if isinstance(cell, float)
+             else str(cell) for cell in cells)  # fmt: skip
+    print(f"| {' | '.join(texts)} |", flush=True)
+
+
+def table(*head: str) -> None:
+    print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    row(what, time.perf_counter() - begun)
+
+
+# The models.
+
+
+def draw(seed: int, file: str, layout: snapshots.Layout, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """As make_tiny_snapshots draws them, in a third of the time."""
+    torch.manual_seed(hash((seed, file)) % 2**32)
+    tensors = {}
+    for name, shape in layout.items():
+        mean, deviation = snapshots.mean_and_deviation(name, shape)
+        tensors[name] = torch.empty(shape).normal_(mean, deviation).to(dtype)
+    return tensors
+
+
+def write_file(folder: Path, number: int) -> None:
+    """One of the large files, in a process of its own."""
+    torch.set_num_threads(1)
+    for name, value in PUBLISHED.items():
+        setattr(snapshots, name, value)
+    snapshots.draw = draw
+    wan, speech, audio = (folder / name for name in snapshots.SNAPSHOTS)
+    files: list[Callable[[], object]] = [
+        partial(snapshots.write_t5, wan, 0),
+        *(partial(snapshots.write_shard, wan, 0, shard) for shard in range(snapshots.SHARDS)),
+        *(partial(snapshots.write_audio_branch, audio, 0, people) for people in ("single", "multi")),
+        partial(snapshots.write_clip, wan, 0),
+        partial(snapshots.write_vae, wan, 0),
+        partial(snapshots.write_wav2vec2, speech, 0),
+        partial(snapshots.write_wan_configs, wan),
+    ]
+    if number < len(files):
+        files[number]()
+
+
+FILES = 7 + 7
+
+
+def write(folder: Path, tiny: bool) -> None:
+    if tiny:
+        snapshots.main([str(folder)])
+        return
+    for name in snapshots.SNAPSHOTS:
+        (folder / name).mkdir(parents=True)
+    with ProcessPoolExecutor(WRITERS, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(write_file, folder, number) for number in range(FILES)]):
+            done.result()
+
+
+def import_models(folder: Path) -> None:
+    command = [sys.executable, "models/import_models.py", "--source", str(folder / "snapshots"), "--profile", "runtime"]
+    environment = os.environ | {"BENTOML_HOME": str(folder / "bentoml"), "BENTOML_DO_NOT_TRACK": "1"}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+# Videos over HTTP.
+
+
+def voice(frames: int) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(frames).normal(0, 0.1, frames * 640)
+    soundfile.write(file, noise, 16000, format="WAV")
+    return file.getvalue()
+
+
+def ask(bench: Bench, speakers: int = 1, frames: int = 75, **values: object) -> str:
+    """Order a video; its id."""
+    files = {"input_reference": (TWO_PEOPLE if speakers == 2 else PICTURE).read_bytes(), "audio": voice(frames)}
+    if speakers == 2:
+        files["audio_2"] = voice(frames + 1)
+    data = {"prompt": "A person talks.", "size": bench.size, "steps": bench.steps} | values
+    answer = httpx.post(f"{bench.served.url}/v1/videos", data=data, files=files, timeout=60)
+    answer.raise_for_status()
+    return str(answer.json()["id"])
+
+
+def look(bench: Bench, video: str) -> dict[str, Any]:
+    answer: dict[str, Any] = httpx.get(f"{bench.served.url}/v1/videos/{video}", timeout=60).json()
+    return answer
+
+
+def wait(bench: Bench, video: str, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    give_up = time.monotonic() + PATIENCE
+    while not until(now := look(bench, video)):
+        if now["status"] == "failed" or time.monotonic() > give_up:
+            raise SystemExit(f"{video} did not get there: {now}\n{bench.served.log[-8000:]}")
+        time.sleep(0.1)
+    return now
+
+
+def finish(bench: Bench, video: str) -> tuple[str, dict[str, float]]:
+    """The finished video's sha256, and what its stages took."""
+    wait(bench, video, lambda now: now["status"] == "completed")
+    content = httpx.get(f"{bench.served.url}/v1/videos/{video}/content", timeout=60)
+    content.raise_for_status()
+    result = bench.served.store.get(video).result
+    assert result is not None
+    return hashlib.sha256(content.content).hexdigest(), result["timings"]
+
+
+def metric(bench: Bench, name: str) -> dict[str, float]:
+    """What /metrics says of it, by label."""
+    lines = httpx.get(f"{bench.served.url}/metrics", timeout=60).text.splitlines()
+    found = [line.rpartition(" ") for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
+    return {key.removeprefix(name): float(value) for key, _, value in found}
+
+
+def memory(bench: Bench) -> str:
+    allocated, reserved, total = (
+        sum(metric(bench, f"avatar_gpu_memory_{kind}_bytes").values()) / GB
+        for kind in ("allocated", "reserved", "total")
+    )
+    runner = bench.served.process("avatar_runner").memory_info().rss / GB
+    return f"{allocated:.1f}, {reserved:.1f} of {total:.1f}; runner {runner:.1f}"
+
+
+# The sections.
+
+
+def video(bench: Bench) -> bool:
+    """Two clips, and the same again."""
+    taken = []
+    for again in ("first", "again"):
+        before = metric(bench, "avatar_step_seconds_sum"), metric(bench, "avatar_step_seconds_count")
+        begun = time.perf_counter()
+        taken.append(finish(bench, ask(bench, frames=TWO_CLIPS)))
+        seconds = time.perf_counter() - begun
+        total, count = (
+            sum(metric(bench, f"avatar_step_seconds_{kind}").values()) - sum(earlier.values())
+            for kind, earlier in zip(("sum", "count"), before, strict=True)
+        )
+        row(f"a video of two clips, {again}", seconds, f"a step {total / max(1, count):.2f}; {taken[-1][1]}")
+    row("GPU memory: allocated, reserved of all, GB; resident, GB", "", memory(bench))
+    (bench.folder / "sha256").write_text(taken[0][0])
+    row("the same bytes", "", taken[0][0] == taken[1][0])
+    return taken[0][0] == taken[1][0]
+
+
+def killed(bench: Bench) -> bool:
+    """The runner is killed with -9 in the second clip."""
+    begun = time.perf_counter()
+    video = ask(bench, frames=TWO_CLIPS)
+    wait(bench, video, lambda now: now["clip"] == 2 and now["step"] == 1)
+    bench.served.kill("avatar_runner")
+    kill = time.perf_counter()
+    wait(bench, video, lambda now: now["stage"] != "generating")
+    bench.served.wait_until_ready()
+    row("killed in the second clip: until it is ready again", time.perf_counter() - kill, "")
+    content, _ = finish(bench, video)
+    same = content == (bench.folder / "sha256").read_text()
+    row("the whole of that video, to the undisturbed one's bytes", time.perf_counter() - begun, same)
+    return same
+
+
+def cancelled(bench: Bench) -> bool:
+    """In the middle of a step."""
+    video = ask(bench, steps=40)
+    wait(bench, video, lambda now: now["step"] is not None)
+    time.sleep(1)
+    begun = time.perf_counter()
+    httpx.post(f"{bench.served.url}/v1/videos/{video}/cancel", timeout=60).raise_for_status()
+    wait(bench, video, lambda now: now["status"] == "cancelled")
+    row("cancelled after", time.perf_counter() - begun, "")
+    return True
+
+
+def sizes(bench: Bench) -> bool:
+    """A clip of two speakers in larger sizes."""
+    for size in ("960x960", "1280x1280") if bench.size == "640x640" else ("96x96",):
+        begun = time.perf_counter()
+        _, timings = finish(bench, ask(bench, 2, size=size, steps=1))
+        row(f"two speakers, {size}, a clip of one step", time.perf_counter() - begun, f"{timings}; {memory(bench)}")
+    return True
+
+
+def too_large(bench: Bench) -> bool:
+    """With `--memory` of a larger card: the video gets less on the GPU, and the next one what was usual."""
+    begun = time.perf_counter()
+    finish(bench, ask(bench, 2, size="1280x1280" if bench.size == "640x640" else "96x96", steps=1, text_guidance=1))
+    fell_back = "too large for the GPU; once more with preset" in bench.served.log
+    row("two speakers, 1280x1280, a clip of one step with two passes", time.perf_counter() - begun, memory(bench))
+    row("it was tried with less on the GPU", "", fell_back)
+    begun = time.perf_counter()
+    finish(bench, ask(bench, steps=1))
+    row("the next one, with what is usual loaded again", time.perf_counter() - begun, memory(bench))
+    return fell_back
+
+
+SECTIONS = {section.__name__: section for section in (video, killed, cancelled, sizes, too_large)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--memory", help="a preset; by the GPU's memory if not given")
+    parser.add_argument("--size", default="640x640", metavar="WIDTHxHEIGHT")
+    parser.add_argument("--steps", type=int, default=2, help="of the videos (2)")
+    parser.add_argument("--tiny", action="store_true", help="the tiny models")
+    options = parser.parse_intermixed_args()
+    folder: Path = options.folder
+    table("", "s", "")
+    if not (folder / "snapshots").exists():
+        with timed("the models written"):
+            write(folder / "snapshots", options.tiny)
+    with timed("imported, or looked at again"):
+        import_models(folder)
+    size = sum(file.stat().st_size for file in (folder / "bentoml" / "models").rglob("*") if file.is_file())
+    row("GB", size / GB, "")
+
+    home = folder / f"home-{options.memory or 'usual'}"
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    placed = {} if options.memory is None else {"memory": options.memory}
+    served = Served(home, bento_home=folder / "bentoml", environment=environment, **placed)
+    begun = time.perf_counter()
+    kept = True
+    with served:
+        bench = Bench(folder, served, options.size, options.steps)
+        row("served: until /ping says 200", time.perf_counter() - begun, "")
+        for line in served.log.splitlines():
+            if "start: " in line or "Models loaded" in line:
+                print(line, flush=True)
+        for name in options.sections or SECTIONS:
+            kept &= SECTIONS[name](bench)
+        begun = time.perf_counter()
+    row("stopped", time.perf_counter() - begun, "")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
