@@ -48,7 +48,7 @@ GPUS = {
     "H100": Gpu("NVIDIA H100 80GB HBM3", "ADA_80_PRO", 989.4, 0.00116, LISTED),
     "H200": Gpu("NVIDIA H200", "HOPPER_141", 989.4, 0.00155, LISTED),
 }
-MEASURED = {("H200", "480p"): 3.56, ("H200", "720p"): 12.5}
+MEASURED = {("H100", "480p"): 3.55, ("H200", "480p"): 3.56, ("H200", "720p"): 12.5}
 """(GPU, size) → seconds per pass, from docs/PERFORMANCE.md."""
 
 
