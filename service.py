@@ -70,7 +70,7 @@ _V1 = VideoRequest.model_json_schema()["properties"]
 def _as_in_v1(name: str) -> Any:
     """A parameter's description, and in it the range, which `VideoRequest` judges for all interfaces."""
     known = _V1[name]
-    bounds = {key: known[key] for key in ("minimum", "maximum", "maxLength") if key in known}
+    bounds = {key: known[key] for key in ("minimum", "maximum", "maxLength", "enum") if key in known}
     return Field(description=known["description"], json_schema_extra=bounds)
 
 
@@ -129,14 +129,15 @@ class AvatarRunner:
         wan, infinitetalk, wav2vec2 = (Path(model.path) for model in stored)
         store = JobStore(settings.database)  # where the database is away, nothing is loaded
         with loading.attempt(self._shutdown):
-            from avatar_api.worker import load, work  # with torch
+            from avatar_api.worker import load, load_few_steps, work  # with torch
 
             load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
             pipeline = load_models(settings.memory)
+            few_steps = load_few_steps(pipeline, settings)
         logger.info("Models loaded on %s in %.1f s; %s", pipeline.device, time.monotonic() - started, pipeline.memory)
         owner = runner_name(settings.home, str(pipeline.device))
         self.ready = True
-        work(store, pipeline, open_storage(settings), owner, self._shutdown, load_models)
+        work(store, pipeline, open_storage(settings), owner, self._shutdown, load_models, few_steps)
 
     watch_over_loading = watch_over_loading
 
@@ -244,15 +245,16 @@ class AvatarApi:
         audio_2: Annotated[OptionalFile, Field(description="The voice of a second speaker.")] = None,
         prompt: Annotated[Text, _as_in_v1("prompt")] = "",
         size: Annotated[Text, _as_in_v1("size")] = DEFAULTS.size,
-        steps: Annotated[int, _as_in_v1("steps")] = DEFAULTS.steps,
+        steps: Annotated[int | None, _as_in_v1("steps")] = None,
         seed: Annotated[int, _as_in_v1("seed")] = DEFAULTS.seed,
-        text_guidance: Annotated[float, _as_in_v1("text_guidance")] = DEFAULTS.text_guidance,
-        audio_guidance: Annotated[float, _as_in_v1("audio_guidance")] = DEFAULTS.audio_guidance,
+        text_guidance: Annotated[float | None, _as_in_v1("text_guidance")] = None,
+        audio_guidance: Annotated[float | None, _as_in_v1("audio_guidance")] = None,
         shift: Annotated[float | None, _as_in_v1("shift")] = None,
         color_correction: Annotated[float, _as_in_v1("color_correction")] = DEFAULTS.color_correction,
         max_seconds: Annotated[float | None, _as_in_v1("max_seconds")] = None,
         speakers: Annotated[Text, _as_in_v1("speakers")] = "",
         scene_cuts: Annotated[bool, _as_in_v1("scene_cuts")] = False,
+        quality: Annotated[Text, _as_in_v1("quality")] = "exact",
     ) -> Annotated[Path, ContentType("video/mp4")]:
         """A picture or a video and a voice, or two, become a talking video (mp4). The answer comes when it is there.
 
@@ -270,7 +272,9 @@ class AvatarApi:
             "max_seconds": max_seconds,
             "speakers": speakers,
             "scene_cuts": scene_cuts,
+            "quality": quality,
         }
+        values = {name: value for name, value in values.items() if value is not None}
         sent = {"image": image, "audio": audio, "audio_2": audio_2}
         files: dict[str, Source] = {name: partial(shutil.copyfile, file) for name, file in sent.items() if file}
         videos = Videos(self, client_of(ctx.request))

@@ -24,7 +24,7 @@ from avatar_api.videos import POLL_SECONDS, Backend, Videos
 from infinitetalk.errors import InputError
 
 GENERATE_FILES = ("image", "audio", "audio_2")
-VALUES = tuple(name for name in VideoRequest.model_fields if name not in ("webhook_url", "quality"))
+VALUES = tuple(name for name in VideoRequest.model_fields if name != "webhook_url")
 DOCS = "A picture or a video and a voice, or two, become a talking video (mp4). The answer comes when it is there."
 
 

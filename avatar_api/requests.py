@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import BUCKETS, output_size
-from infinitetalk.settings import Settings
+from infinitetalk.settings import FewSteps, Settings
 from infinitetalk.timeline import FRAMES_PER_SECOND
 
 SMALLEST_SIDE, LARGEST_SIDE = 64, 1280  # pixels, of a size given as WIDTHxHEIGHT
 
-DEFAULTS = Settings()
+BALANCED_TEACACHE = 0.2  # about twice as fast
 
+DEFAULTS = Settings()
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -64,7 +65,14 @@ class VideoRequest(BaseModel):
     )
     scene_cuts: Annotated[bool, Field(description="Of a video: generate each of its scenes on its own.")] = False
     webhook_url: Annotated[str | None, Field(max_length=2000, description="Told when the video is finished.")] = None
-    quality: Annotated[Literal["exact"], Field(description="Only `exact` for now.")] = "exact"
+    quality: Annotated[
+        Literal["exact", "balanced", "fast"],
+        Field(
+            description="`exact`: as published. `balanced`: forwards that would change little are left out (TeaCache). "
+            "`fast`: few steps with a LoRA, where the server has one, whose own steps, shift and guidance then hold "
+            "unless given."
+        ),
+    ] = "exact"
 
     @field_validator("size")
     @classmethod
@@ -97,7 +105,7 @@ class VideoRequest(BaseModel):
             raise _input_error(error) from None
 
     def settings(self) -> Settings:
-        """As the pipeline takes them."""
+        """As the pipeline takes them, with the weights of `quality`."""
         return Settings(
             size=self.size,
             steps=self.steps,
@@ -106,9 +114,23 @@ class VideoRequest(BaseModel):
             audio_guidance=self.audio_guidance,
             color_correction=self.color_correction,
             seed=self.seed,
+            teacache=BALANCED_TEACACHE if self.quality == "balanced" else 0.0,
             audio_order=self.speakers.order,
             max_frames=None if self.max_seconds is None else round(self.max_seconds * FRAMES_PER_SECOND),
         )
+
+
+def with_few_steps(values: dict[str, Any], few_steps: FewSteps | None) -> dict[str, Any]:
+    """The values a caller sent, and for `quality=fast` those that its LoRA wants where the caller gave none.
+
+    few_steps: the server's. Raises InputError where it has none.
+    """
+    if values.get("quality") != "fast":
+        return values
+    if few_steps is None:
+        remedy = "use 'exact' or 'balanced', or have its operator set AVATAR_FAST_LORA"
+        raise InputError("quality", f"quality is 'fast', and this server has no LoRA for it; {remedy}.")
+    return {**few_steps.settings, **{name: value for name, value in values.items() if value is not None}}
 
 
 def _input_error(error: ValidationError) -> InputError:

@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from infinitetalk.settings import FEW_STEPS, FewSteps
+
 
 class ServiceSettings(BaseSettings):
     """Read once per process; `AVATAR_HOME` and so on. Every field's description is its documentation."""
@@ -20,6 +22,12 @@ class ServiceSettings(BaseSettings):
     device: str | None = Field(None, description="`cuda` or `cpu`; CUDA where there is one if not set.")
     memory: str | None = Field(
         None, description="`24gb`, `48gb`, `80gb` or `141gb`: what stays on the GPU; by its memory if not set."
+    )
+    fast_lora: Path | None = Field(
+        None, description="The LoRA of `quality=fast`, a `.safetensors` file; that quality is refused if not set."
+    )
+    fast_preset: Literal["lightx2v", "fusionx"] = Field(
+        "lightx2v", description="How it is used: 4 steps (`lightx2v`) or 8 (`fusionx`) if a request does not say."
     )
     gpus: int = Field(
         1,
@@ -68,6 +76,11 @@ class ServiceSettings(BaseSettings):
     s3_prefix: str = Field("avatar/", description="What their names in the bucket begin with.")
     s3_endpoint_url: str | None = Field(None, description="Of an S3-compatible service; Amazon's if not set.")
     s3_link_seconds: int = Field(3600, gt=0, le=7 * 24 * 3600, description="How long a link to a result is valid.")
+
+    @property
+    def few_steps(self) -> FewSteps | None:
+        """How `quality=fast` is made; None: it is not."""
+        return None if self.fast_lora is None else FEW_STEPS[self.fast_preset]
 
     @cached_property
     def database(self) -> str:

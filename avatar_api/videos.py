@@ -32,7 +32,7 @@ from avatar_api.jobs import (
     State,
 )
 from avatar_api.refusals import NotReadyError
-from avatar_api.requests import VideoRequest
+from avatar_api.requests import VideoRequest, with_few_steps
 from avatar_api.settings import ServiceSettings
 from avatar_api.storage import Storage
 from infinitetalk.errors import InputError
@@ -170,7 +170,7 @@ class Videos:
         `JobStore.submit`; judge: as for `lay_down`. Raises InputError, IdempotencyError, QueueFullError.
         """
         settings, store = self.backend.settings, self.backend.store
-        request = VideoRequest.judge(values)
+        request = VideoRequest.judge(with_few_steps(values, settings.few_steps))
         if request.webhook_url is not None:
             outgoing.check_url(request.webhook_url, "webhook_url")
         if request.max_seconds is not None and request.max_seconds > settings.max_seconds:

@@ -30,8 +30,10 @@ from avatar_api.storage import Storage, StorageError, may_pass
 from avatar_api.video_writer import VideoWriter
 from infinitetalk.clips import Clip, ClipState, Speaker, Step
 from infinitetalk.errors import InputError
+from infinitetalk.lora import Lora, read_lora
 from infinitetalk.memory import smaller
 from infinitetalk.parallel import Followers, device_of
+from infinitetalk.settings import FEW_STEPS
 from infinitetalk.timeline import FRAMES_PER_SECOND
 
 if TYPE_CHECKING:
@@ -85,6 +87,16 @@ def load(
     return pipeline
 
 
+def load_few_steps(pipeline: "InfiniteTalkPipeline", settings: ServiceSettings) -> Sequence[tuple[Lora, float]]:
+    """The LoRA of `quality=fast` and its scale, if there is one. Raises CheckpointError where it does not fit."""
+    if settings.fast_lora is None:
+        return ()
+    loras = [(read_lora(settings.fast_lora), FEW_STEPS[settings.fast_preset].scale)]
+    with pipeline.with_loras(loras):
+        logger.info("quality=fast: %s, as %s wants it", settings.fast_lora, settings.fast_preset)
+    return loras
+
+
 def work(
     store: JobStore,
     pipeline: "InfiniteTalkPipeline",
@@ -92,10 +104,11 @@ def work(
     owner: str,
     shutdown: Shutdown,
     load_again: "Callable[[str], InfiniteTalkPipeline]",
+    few_steps: Sequence[tuple[Lora, float]] = (),
 ) -> None:
     """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any.
 
-    load_again: the same pipeline, with another memory preset.
+    load_again: the same pipeline, with another memory preset; few_steps: for `quality=fast`.
     """
     usual = pipeline.preset
     store.reclaim(owner)
@@ -117,12 +130,12 @@ def work(
         traced = tracing.job_span(job.traceparent, job=job.id, attempt=job.attempts, clips_before=len(claim.clips))
         with claim, logs.of_job(job.id), traced:
             try:
-                fits = run(claim, pipeline, storage, shutdown)
+                fits = run(claim, pipeline, storage, shutdown, few_steps)
                 if not fits and (less := smaller(usual)) is not None:
                     logger.warning("job %s: too large for the GPU; once more with preset %s", job.id, less.name)
                     pipeline.close()
                     pipeline = load_again(less.name)
-                    fits = run(claim, pipeline, storage, shutdown)
+                    fits = run(claim, pipeline, storage, shutdown, few_steps)
                 if not fits:
                     claim.fail(TOO_LARGE, retry=False)
             except LeaseLost as reason:
@@ -132,7 +145,13 @@ def work(
             pipeline = load_again(usual.name)
 
 
-def run(claim: Claim, pipeline: "InfiniteTalkPipeline", storage: Storage, shutdown: Shutdown) -> bool:
+def run(
+    claim: Claim,
+    pipeline: "InfiniteTalkPipeline",
+    storage: Storage,
+    shutdown: Shutdown,
+    few_steps: Sequence[tuple[Lora, float]] = (),
+) -> bool:
     """One job, to whatever end it comes. False: the GPU's memory is too small for it, and it has not ended yet.
 
     Raises LeaseLost if the job is another runner's by now.
@@ -140,7 +159,7 @@ def run(claim: Claim, pipeline: "InfiniteTalkPipeline", storage: Storage, shutdo
     job, begun = claim.job.id, time.monotonic()
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
     try:
-        result = _generate(_Run(claim, storage, shutdown), pipeline)
+        result = _generate(_Run(claim, storage, shutdown, few_steps), pipeline)
         claim.complete(result)
     except LeaseLost:
         raise
@@ -205,6 +224,7 @@ class _Run:
     claim: Claim
     storage: Storage
     shutdown: Shutdown
+    few_steps: Sequence[tuple[Lora, float]]
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds that each stage took."""
 
@@ -283,7 +303,7 @@ def _make(inputs: Inputs, run: _Run, pipeline: "InfiniteTalkPipeline") -> dict[s
             on_step=on_step,
             resume_from=state,
         )
-        with _stage(GENERATING, run):
+        with _stage(GENERATING, run), _quality(request.quality, run.few_steps, pipeline):
             begun = time.monotonic()
             for clip in clips:
                 _keep(clip, run)
@@ -317,6 +337,18 @@ def _stage(name: str, run: _Run) -> Iterator[None]:
         yield
     run.timings[name] = time.monotonic() - begun
     metrics.STAGE_SECONDS.labels(name).observe(run.timings[name])
+
+
+@contextmanager
+def _quality(quality: str, few_steps: Sequence[tuple[Lora, float]], pipeline: "InfiniteTalkPipeline") -> Iterator[None]:
+    """The weights for it."""
+    if quality != "fast":
+        yield
+        return
+    if not few_steps:  # the server that took the job has one
+        raise InputError("quality", "quality is 'fast', and this runner has no LoRA for it; set AVATAR_FAST_LORA.")
+    with pipeline.with_loras(few_steps):
+        yield
 
 
 def _report_memory(device: torch.device) -> None:

@@ -11,11 +11,10 @@ bias) and `diff_m` (of a modulation), under the module names of Wan2.1, of diffu
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,32 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from infinitetalk.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How a published LoRA is meant to be used."""
-
-    file: str
-    """On the Hugging Face hub, as `models/import_models.py --lora` takes it."""
-    scale: float
-    settings: Mapping[str, Any]
-    """Fields of `Settings`: `dataclasses.replace(settings, **preset.settings)`."""
-
-
-# Guidance, shift and steps are those that InfiniteTalk's authors give. Text guidance 1 means two passes per step.
-PRESETS = {
-    "fusionx": Preset(
-        "vrgamedevgirl84/Wan14BT2VFusioniX/FusionX_LoRa/Wan2.1_I2V_14B_FusionX_LoRA.safetensors",
-        scale=1.0,
-        settings={"steps": 8, "shift": 2.0, "text_guidance": 1.0, "audio_guidance": 2.0},
-    ),
-    "lightx2v": Preset(
-        "Kijai/WanVideo_comfy/Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors",
-        scale=1.0,
-        settings={"steps": 4, "shift": 2.0, "text_guidance": 1.0, "audio_guidance": 2.0},
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the same seed gives the same noise, and in float32 the same pixels.
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +29,7 @@ from infinitetalk.color import match_color
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import output_size, resize_and_crop, speaker_regions
 from infinitetalk.guidance import Pass, ProjectedGuidance, combine, default_shift, passes, timesteps
-from infinitetalk.lora import Lora
+from infinitetalk.lora import Lora, applied
 from infinitetalk.memory import CPU, IN_PLACE, Preset, call_on, describe, offload_blocks, select
 from infinitetalk.parallel import Ranks
 from infinitetalk.quantization import Quantization
@@ -179,6 +180,20 @@ class InfiniteTalkPipeline:
             preset,
         )
 
+    @contextmanager
+    def with_loras(self, loras: Sequence[tuple[Lora, float]]) -> Iterator[None]:
+        """Inside a `with` block it generates with these LoRAs, each at its scale; after it, exactly as before.
+
+        All forwards are computed here, since no other rank has them. Raises CheckpointError where one does not fit.
+        """
+        ranks = self.ranks
+        with applied(self.transformer, loras):
+            self.ranks = Ranks()
+            try:
+                yield
+            finally:
+                self.ranks = ranks
+
     def close(self) -> None:
         """Free the models' memory, on the GPU and beside it, for whoever holds this. It cannot generate any more."""
         self.ranks.close()
@@ -230,7 +245,9 @@ class InfiniteTalkPipeline:
             motion = resume_from.motion.to(self.device)
 
         prompt_features = self.encode_prompt(prompt)
-        negative_features = self.encode_prompt(settings.negative_prompt)
+        negative_features = prompt_features
+        if not all(forward.prompt for forward in passes(settings.text_guidance)):
+            negative_features = self.encode_prompt(settings.negative_prompt)
 
         @lru_cache(2)  # the clip's and the scene's first; of a picture that stands still, the only one
         def picture_at(frame: int) -> Tensor:

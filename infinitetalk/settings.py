@@ -1,7 +1,8 @@
 """What can be asked of a generation, with the published defaults."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from infinitetalk.errors import InputError
 
@@ -62,3 +63,29 @@ class Settings:
             raise InputError("color_correction", f"color_correction is {self.color_correction}; use 0 to 1.")
         if not 0 <= self.seed < 2**63:
             raise InputError("seed", f"seed is {self.seed}; it must be between 0 and 2^63 - 1.")
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """How a published LoRA that makes few steps enough is meant to be used (see `lora`)."""
+
+    file: str
+    """On the Hugging Face hub, as `models/import_models.py --lora` takes it."""
+    scale: float
+    settings: Mapping[str, Any]
+    """Fields of `Settings`: `dataclasses.replace(settings, **few_steps.settings)`."""
+
+
+# Guidance, shift and steps are those that InfiniteTalk's authors give. Text guidance 1 means two passes per step.
+FEW_STEPS = {
+    "fusionx": FewSteps(
+        "vrgamedevgirl84/Wan14BT2VFusioniX/FusionX_LoRa/Wan2.1_I2V_14B_FusionX_LoRA.safetensors",
+        scale=1.0,
+        settings={"steps": 8, "shift": 2.0, "text_guidance": 1.0, "audio_guidance": 2.0},
+    ),
+    "lightx2v": FewSteps(
+        "Kijai/WanVideo_comfy/Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors",
+        scale=1.0,
+        settings={"steps": 4, "shift": 2.0, "text_guidance": 1.0, "audio_guidance": 2.0},
+    ),
+}

@@ -3,6 +3,7 @@
     python scripts/estimate.py                                        the guide's example: 100 GPU hours a month, L40S
     python scripts/estimate.py --gpu H100 --minutes 120 --size 720p   by minutes of video a month
     python scripts/estimate.py --gpu L40S --dollars-per-hour 1.90     at the price of the day
+    python scripts/estimate.py --gpu H100 --minutes 60 --steps 4 --passes 2    with quality=fast
 
 Where docs/PERFORMANCE.md has no measured speed for a GPU, it is reckoned: the work of the passes, over the card's
 published rate, times what Diffusers reaches of that rate on an H100. Every figure is printed with where it comes from.
@@ -19,6 +20,8 @@ GUIDE, LISTED = "the project's guide", "RunPod's list of 2025, unchecked"
 
 PASS_PFLOP = {"480p": 1.89, "720p": 6.8}  # of the transformer, 81 frames at 640x640 and at 960x960
 CLIP_SECONDS = 72 / 25  # that a clip adds to the video
+REST_SECONDS = {"480p": 11.3, "720p": 25.4}
+"""Of a clip, beside its steps: VAE, colours, writing. 480p on an H100 (docs/PERFORMANCE.md), 720p by its pixels."""
 PASSES = 3  # of each step: with text and voice, without text, without both; two if text guidance is off
 REACHED = 0.39
 """Of a card's published rate. Diffusers on an H100 takes 9.77 s for a step of two passes of about 1.89 PFLOP."""
@@ -62,11 +65,11 @@ class Speed:
 
 def speed(gpu: str, size: str, steps: int = 40, passes: int = PASSES) -> Speed:
     if (gpu, size) in MEASURED:
-        a_pass, source = MEASURED[gpu, size], "measured, docs/PERFORMANCE.md"
+        a_pass, source = MEASURED[gpu, size], "passes measured, docs/PERFORMANCE.md"
     else:
         a_pass = PASS_PFLOP[size] * 1e3 / (GPUS[gpu].tflops * REACHED)
         source = f"reckoned: {PASS_PFLOP[size]} PFLOP a pass, {REACHED:.0%} of {GPUS[gpu].tflops:g} TFLOPS"
-    return Speed(a_pass * steps * passes / CLIP_SECONDS, source)
+    return Speed((a_pass * steps * passes + REST_SECONDS[size]) / CLIP_SECONDS, source)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ video that comes without a voice is made to talk with its own sound.
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -23,12 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder,
 
 from infinitetalk.errors import InputError
 from infinitetalk.geometry import Box
-from infinitetalk.settings import Settings
+from infinitetalk.settings import FEW_STEPS, FewSteps, Settings
 from infinitetalk.timeline import FRAMES_PER_SECOND
 from scripts.command_line import Cast, InputFile, Models, exit_status, make_video, read_input_file
-
-if TYPE_CHECKING:
-    from infinitetalk.lora import Preset
 
 
 def read_input(options: argparse.Namespace) -> tuple[Cast, Settings]:
@@ -69,12 +65,10 @@ def read_loras(options: argparse.Namespace) -> tuple[tuple[Path, float], ...]:
     return tuple((path, usual if scale is None else scale) for path, scale in options.lora)
 
 
-def read_preset(options: argparse.Namespace) -> "Preset":
-    from infinitetalk.lora import PRESETS
-
-    preset = PRESETS.get(options.preset)
+def read_preset(options: argparse.Namespace) -> FewSteps:
+    preset = FEW_STEPS.get(options.preset)
     if preset is None:
-        raise InputError("preset", f"preset is {options.preset!r}; use one of {', '.join(PRESETS)}.")
+        raise InputError("preset", f"preset is {options.preset!r}; use one of {', '.join(FEW_STEPS)}.")
     if not options.lora:
         raise InputError("preset", f"preset is {options.preset!r}, how its LoRA is used: give {preset.file} as --lora.")
     return preset

@@ -52,6 +52,24 @@ def import_tiny(snapshots: Path, bento_home: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def tiny_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for the tiny transformer: of rank 2, and of a norm the whole difference."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for layer, outputs, inputs in (("self_attn.q", 64, 64), ("cross_attn.v", 64, 64), ("ffn.0", 128, 64)):
+        for block in range(2):
+            name = f"diffusion_model.blocks.{block}.{layer}"
+            tensors[f"{name}.lora_up.weight"] = torch.randn(outputs, 2, generator=generator)
+            tensors[f"{name}.lora_down.weight"] = torch.randn(2, inputs, generator=generator)
+    tensors["diffusion_model.blocks.1.norm3.diff"] = torch.randn(64, generator=generator)
+    file = tmp_path_factory.mktemp("loras") / "tiny.safetensors"
+    save_file(tensors, file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def pipeline(snapshots: Path) -> "InfiniteTalkPipeline":
     from infinitetalk.pipeline import InfiniteTalkPipeline  # takes seconds, which not every test needs
 

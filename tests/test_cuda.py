@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from infinitetalk.lora import read_lora
 from infinitetalk.pipeline import Clip, InfiniteTalkPipeline, Speaker, Step
 from infinitetalk.settings import Settings
 from scripts import check_parity
@@ -60,6 +61,16 @@ def test_a_preset_changes_no_pixel(snapshots: Path, memory: str, quantization: s
     whole, placed = load(snapshots, "141gb", quantization), load(snapshots, memory, quantization)
     for speakers in (1, 2):
         assert torch.equal(video(placed, speakers), video(whole, speakers))
+
+
+@pytest.mark.parametrize("memory", ["141gb", "48gb"])
+def test_a_lora_that_was_applied_leaves_no_trace(snapshots: Path, tiny_lora: Path, memory: str) -> None:
+    pipeline = load(snapshots, memory)
+    before = video(pipeline)
+    with pipeline.with_loras([(read_lora(tiny_lora), 1.0)]):
+        changed = video(pipeline)
+    assert torch.equal(video(pipeline), before)
+    assert not torch.equal(changed, before)
 
 
 def test_a_run_goes_on_from_any_clip_as_if_it_had_not_stopped(resident: InfiniteTalkPipeline) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from infinitetalk import checkpoints
 from infinitetalk.errors import CheckpointError
-from infinitetalk.lora import PRESETS, Lora, applied, merge, read_lora
+from infinitetalk.lora import Lora, applied, merge, read_lora
 from infinitetalk.quantization import Quantization, quantize
-from infinitetalk.settings import Settings
+from infinitetalk.settings import FEW_STEPS, Settings
 from infinitetalk.transformer import InfiniteTalkTransformer3DModel
 from tests.conftest import GOLDENS
 
@@ -520,9 +520,9 @@ def test_a_lora_for_another_model_changes_nothing(
 # Presets.
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FEW_STEPS)
 def test_a_preset_is_valid_settings_and_few_passes(name: str) -> None:
-    preset = PRESETS[name]
+    preset = FEW_STEPS[name]
     settings = replace(Settings(), **preset.settings)
     assert settings.steps <= 8 and settings.text_guidance == 1
     assert preset.file.count("/") >= 2 and preset.file.endswith(".safetensors")

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from avatar_api.requests import VideoRequest
+from avatar_api.requests import VideoRequest, with_few_steps
 from infinitetalk.errors import InputError
-from infinitetalk.settings import Settings
+from infinitetalk.settings import FEW_STEPS, Settings
 
 
 def test_a_request_that_says_nothing_gets_the_published_defaults() -> None:
@@ -19,6 +20,35 @@ def test_a_request_that_says_nothing_gets_the_published_defaults() -> None:
 def test_values_may_come_as_text_as_forms_send_them() -> None:
     request = VideoRequest.judge({"steps": "8", "shift": "3.5", "seed": "7", "max_seconds": "2.02", "size": "128x64"})
     assert request.settings() == Settings(size="128x64", steps=8, shift=3.5, seed=7, max_frames=50)
+
+
+def test_balanced_skips_forwards_and_changes_nothing_else() -> None:
+    assert VideoRequest.judge({"quality": "balanced"}).settings() == Settings(teacache=0.2)
+    assert VideoRequest.judge({"quality": "exact"}).settings() == Settings()
+
+
+class TestFast:
+    @pytest.mark.parametrize("name", FEW_STEPS)
+    def test_takes_what_its_lora_wants_where_the_caller_says_nothing(self, name: str) -> None:
+        few_steps = FEW_STEPS[name]
+        asked = {"quality": "fast", "seed": 7, "shift": None}
+        request = VideoRequest.judge(with_few_steps(asked, few_steps))
+        assert request.settings() == replace(Settings(seed=7), **few_steps.settings)
+
+    def test_leaves_what_the_caller_says(self) -> None:
+        asked = {"quality": "fast", "steps": "6", "text_guidance": 3, "audio_guidance": 2.5, "shift": 5}
+        settings = VideoRequest.judge(with_few_steps(asked, FEW_STEPS["lightx2v"])).settings()
+        assert settings == Settings(steps=6, text_guidance=3, audio_guidance=2.5, shift=5)
+
+    def test_is_refused_where_there_is_no_lora(self) -> None:
+        with pytest.raises(InputError, match="this server has no LoRA for it; use 'exact' or 'balanced'") as refusal:
+            with_few_steps({"quality": "fast"}, None)
+        assert refusal.value.param == "quality"
+
+    @pytest.mark.parametrize("quality", ["exact", "balanced"])
+    def test_is_no_matter_to_the_others(self, quality: str) -> None:
+        assert with_few_steps({"quality": quality}, FEW_STEPS["fusionx"]) == {"quality": quality}
+        assert with_few_steps({}, FEW_STEPS["fusionx"]) == {}
 
 
 def test_two_speakers_have_boxes_and_an_order() -> None:
@@ -69,7 +99,7 @@ def test_speakers_that_cannot_be_are_refused(speakers: Any, message: str) -> Non
         ({"shift": 0}, "greater than 0"),
         ({"prompt": "a" * 4001}, "at most 4000 characters"),
         ({"prompt": 7}, "a valid string"),
-        ({"quality": "fast"}, "'exact'"),
+        ({"quality": "best"}, "'exact', 'balanced' or 'fast'"),
         ({"sede": 1}, "there is no parameter 'sede'; there are audio_guidance, color_correction"),
     ],
 )

@@ -54,8 +54,11 @@ def grpc_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def server(bento_home: Path, grpc_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("avatar"), bento_home=bento_home, grpc_port=grpc_port) as running:
+def server(
+    bento_home: Path, tiny_lora: Path, grpc_port: int, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("avatar")
+    with Served(home, bento_home=bento_home, grpc_port=grpc_port, fast_lora=tiny_lora) as running:
         yield running
 
 
@@ -100,6 +103,19 @@ def test_the_stock_client_gets_the_same_video_from_the_same_request(
     with bentoml.SyncHTTPClient(server.url, timeout=300) as client:
         path = client.generate(image=PICTURE, audio=voice, prompt=LONG["prompt"], size="64x64", steps=2)
         assert Path(path).read_bytes() == undisturbed
+
+
+def test_a_fast_video_takes_four_steps_and_other_weights_and_the_next_exact_one_the_usual(
+    server: Served, voice: Path, short_voice: Path, undisturbed: bytes
+) -> None:
+    fast = generate(server, short_voice, quality="fast", prompt=LONG["prompt"], size="64x64")
+    asked = newest(server).spec["request"]
+    assert (asked["quality"], asked["steps"], asked["text_guidance"], asked["shift"]) == ("fast", 4, 1, 2)
+    the_same = {"steps": "4", "text_guidance": "1", "audio_guidance": "2", "shift": "2"}
+    exact = generate(server, short_voice, **LONG | the_same)
+    assert (fast.status_code, exact.status_code) == (200, 200), fast.text + exact.text
+    assert fast.content != exact.content
+    assert generate(server, voice, **LONG).content == undisturbed
 
 
 def test_two_people_talk_one_after_the_other(server: Served, short_voice: Path, tmp_path: Path) -> None:
@@ -157,9 +173,10 @@ def test_the_same_video_comes_over_grpc(server: Served, grpc_port: int, short_vo
 
 def test_every_parameter_of_generate_is_described_where_callers_look(server: Served) -> None:
     described = httpx.get(f"{server.url}/docs.json").json()["components"]["schemas"]["generate__Input"]["properties"]
-    assert len(described) == 14
+    assert len(described) == 15
     assert all(len(parameter["description"]) > 10 for parameter in described.values())
     assert (described["steps"]["minimum"], described["steps"]["maximum"]) == (1, 200)
+    assert described["quality"]["enum"] == ["exact", "balanced", "fast"]
 
 
 @pytest.mark.parametrize("path", ["/ping", "/livez", "/readyz", "/metrics"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from avatar_api import worker
 from avatar_api.inputs import lay_down
@@ -22,8 +23,10 @@ from avatar_api.requests import VideoRequest
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import open_storage
-from avatar_api.worker import run
-from infinitetalk.pipeline import Clip
+from avatar_api.worker import load_few_steps, run
+from infinitetalk.errors import CheckpointError
+from infinitetalk.lora import read_lora
+from infinitetalk.pipeline import Clip, InfiniteTalkPipeline
 from tests.buckets import S3Server, s3_fixture, s3_server_fixture
 from tests.conftest import REPOSITORY, SmallDisk
 from tests.stand_in import FRAMES, StandIn
@@ -45,12 +48,12 @@ class Machine:
         self.notes = home.parent / "notes"
         self.shutdown = Shutdown()
 
-    def submit(self, job_id: str) -> Job:
+    def submit(self, job_id: str, **values: Any) -> Job:
         voice = self.settings.home.parent / "voice.wav"
         soundfile.write(voice, 0.1 * np.random.default_rng(0).standard_normal(16000 * FRAMES * CLIPS // 25), 16000)
         portrait = REPOSITORY / "examples" / "portrait.png"
         files = {"image": partial(shutil.copyfile, portrait), "audio": partial(shutil.copyfile, voice)}
-        request = VideoRequest(prompt=job_id, size="128x128", steps=2)
+        request = VideoRequest(prompt=job_id, size="128x128", steps=2, **values)
         spec = lay_down(request, files, self.storage.folder(job_id), 60, "image")
         self.storage.publish(job_id, *spec["files"])
         return self.store.submit(spec, job_id=job_id)
@@ -102,6 +105,41 @@ def test_a_full_disk_is_waited_for(small_disk: SmallDisk, caplog: pytest.LogCapt
     assert (job.state, job.attempts) == ("completed", 1)
     assert machine.clips_begun("full") == list(range(CLIPS))
     assert machine.video("full") == machine.video("undisturbed")
+
+
+class TestFast:
+    def test_a_job_that_came_from_a_server_with_a_lora_is_refused_by_a_runner_without(self, tmp_path: Path) -> None:
+        machine = Machine(tmp_path / "home", JobSettings())
+        machine.submit("one", quality="fast")
+        machine.run()
+        job = machine.store.get("one")
+        assert (job.state, job.attempts) == ("failed", 1)
+        assert job.error is not None
+        assert (job.error["param"], "AVATAR_FAST_LORA" in job.error["message"]) == ("quality", True)
+
+    def test_a_lora_for_another_model_is_refused_before_the_first_job(
+        self, pipeline: InfiniteTalkPipeline, tiny_lora: Path, tmp_path: Path
+    ) -> None:
+        tensors = load_file(tiny_lora)
+        tensors["diffusion_model.blocks.1.norm3.diff"] = torch.zeros(65)
+        save_file(tensors, tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match="was the LoRA made for another model"):
+            load_few_steps(pipeline, ServiceSettings(home=tmp_path, fast_lora=tmp_path / "other.safetensors"))
+        with pytest.raises(CheckpointError, match=r"none\.safetensors is missing"):
+            load_few_steps(pipeline, ServiceSettings(home=tmp_path, fast_lora=tmp_path / "none.safetensors"))
+        ((_, scale),) = load_few_steps(pipeline, ServiceSettings(home=tmp_path, fast_lora=tiny_lora))
+        assert scale == 1
+
+    def test_all_its_forwards_are_computed_where_the_lora_is(
+        self, pipeline: InfiniteTalkPipeline, tiny_lora: Path
+    ) -> None:
+        usual = pipeline.ranks
+        loras = [(read_lora(tiny_lora), 1.0)]
+        with pytest.raises(KeyboardInterrupt), pipeline.with_loras(loras):
+            assert pipeline.ranks is not usual
+            assert pipeline.ranks.size == 1
+            raise KeyboardInterrupt
+        assert pipeline.ranks is usual
 
 
 class TestABucketThatIsAway:
