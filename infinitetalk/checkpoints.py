@@ -29,7 +29,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from infinitetalk.errors import CheckpointError
+from infinitetalk.errors import CheckpointError, require
 from infinitetalk.lora import Lora, merger
 from infinitetalk.quantization import DequantizedTensors, Quantization, StoredTensors, quantizer
 from infinitetalk.timeline import AUDIO_WINDOW
@@ -52,6 +52,8 @@ FLOAT32_PARTS = ("time_embedder", "time_proj.", "scale_shift_table", "norm2.", "
 
 _REMAP_BYTES = 256 * 2**20
 """Pages of a mapped file count as this process's memory once read; mapping anew after this much lets them go."""
+
+_REMEDY = "import the snapshot again, or name its folder"
 
 Rename = Callable[[str], str | None]
 
@@ -171,7 +173,7 @@ def load_text_encoder(
 
 def load_tokenizer(wan: Path) -> PreTrainedTokenizerBase:
     folder = wan / T5_TOKENIZER
-    _require(folder / "tokenizer_config.json")
+    require(folder / "tokenizer_config.json", _REMEDY)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -352,7 +354,7 @@ def _plain(file: Path) -> StoredTensors:
 
 def _open(file: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
     """A file's tensors: their shapes, and a function that maps one of them."""
-    _require(file)
+    require(file, _REMEDY)
     try:
         if file.suffix == ".safetensors":
             handle = safe_open(file, framework="pt")
@@ -422,13 +424,8 @@ def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _require(file: Path) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; import the snapshot again, or name its folder.")
-
-
 def _read_json(file: Path) -> dict[str, Any]:
-    _require(file)
+    require(file, _REMEDY)
     try:
         content = json.loads(file.read_text())
     except ValueError as error:

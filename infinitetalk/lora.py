@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from infinitetalk.errors import CheckpointError
+from infinitetalk.errors import CheckpointError, require
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A file's tensors and its metadata."""
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file, the only form of LoRA that is read.")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing.")
+    require(path, "name the LoRA's file")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -66,6 +66,8 @@ def tiny_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors["diffusion_model.blocks.1.norm3.diff"] = torch.randn(64, generator=generator)
     file = tmp_path_factory.mktemp("loras") / "tiny.safetensors"
     save_file(tensors, file)
+    file.chmod(0o644)  # for the image's own user, too
+    file.parent.chmod(0o755)
     return file
 
 

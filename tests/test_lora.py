@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -477,6 +479,20 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for path, says in ((pickled, "is not a .safetensors file"), (missing, "is missing"), (damaged, "is truncated or")):
         with pytest.raises(CheckpointError, match=f"{path} .*{says}|{path} {says}"):
             read_lora(path)
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_missing() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # below pytest's own folders only their owner sees anything
+        path, us = write(Path(folder) / "lora.safetensors", PAIR), os.geteuid()
+        Path(folder).chmod(0o755)
+        path.chmod(0)
+        if us == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(CheckpointError, match=rf"{path} cannot be read by uid \d+: Permission denied"):
+                read_lora(path)
+        finally:
+            os.seteuid(us)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,10 @@ def pulled(engine: Engine, pushed: Built) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def container(engine: Engine, pulled: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    with serving(engine, pulled, tmp_path_factory.mktemp("container")) as running:
+def container(
+    engine: Engine, pulled: str, tiny_lora: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Container]:
+    """Of that image, with a LoRA for `quality=fast` beside it."""
+    lora = ("--volume", f"{tiny_lora}:/lora.safetensors:ro", "--env", "AVATAR_FAST_LORA=/lora.safetensors")
+    with serving(engine, pulled, tmp_path_factory.mktemp("container"), *lora) as running:
         yield running

@@ -41,11 +41,11 @@ MODELS = "/home/bentoml/bento/models"
 ENTRY_POINT = "/home/bentoml/bento/env/docker/entrypoint.sh"
 
 
-def generate(container: Container) -> bytes:
+def generate(container: Container, **values: Any) -> bytes:
     """A video over HTTP."""
     files = {"image": REPOSITORY / "examples" / "portrait.png", "audio": REPOSITORY / "examples" / "voice.wav"}
     sent = {name: file.read_bytes() for name, file in files.items()}
-    answer = httpx.post(f"{container.url}/generate", data=VIDEO, files=sent, timeout=3600)
+    answer = httpx.post(f"{container.url}/generate", data=VIDEO | values, files=sent, timeout=3600)
     assert answer.status_code == 200, answer.text + container.log
     return answer.content
 
@@ -110,6 +110,14 @@ def test_the_container_makes_the_same_video_over_http_and_grpc(
             pass
         parts = videos.DownloadVideo(pb.DownloadVideoRequest(id=made.id))
         assert b"".join(part.content for part in parts) == video
+
+
+def test_a_lora_that_is_mounted_makes_fast_videos_and_leaves_exact_ones_alone(
+    container: Container, video: bytes
+) -> None:
+    the_same = {"text_guidance": 1, "audio_guidance": 2, "shift": 2}
+    assert generate(container, quality="fast") != generate(container, **the_same)
+    assert generate(container) == video
 
 
 def test_it_says_what_it_verified_and_which_gpu_it_found_and_prints_the_guides_command(container: Container) -> None:
