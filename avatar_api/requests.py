@@ -105,7 +105,7 @@ class VideoRequest(BaseModel):
             raise _input_error(error) from None
 
     def settings(self) -> Settings:
-        """As the pipeline takes them, with the weights of `quality`."""
+        """As the pipeline takes them; the weights that `quality` wants are not among them."""
         return Settings(
             size=self.size,
             steps=self.steps,

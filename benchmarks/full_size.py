@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def timed(what: str) -> Iterator[None]:
 
 def draw(seed: int, file: str, layout: snapshots.Layout, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """As make_tiny_snapshots draws them, in a third of the time."""
-    torch.manual_seed(hash((seed, file)) % 2**32)
+    torch.manual_seed(zlib.crc32(f"{seed} {file} {min(layout)}".encode()))
     tensors = {}
     for name, shape in layout.items():
         mean, deviation = snapshots.mean_and_deviation(name, shape)
@@ -88,14 +89,10 @@ def draw(seed: int, file: str, layout: snapshots.Layout, dtype: torch.dtype = to
     return tensors
 
 
-def write_file(folder: Path, number: int) -> None:
-    """One of the large files, in a process of its own."""
-    torch.set_num_threads(1)
-    for name, value in PUBLISHED.items():
-        setattr(snapshots, name, value)
-    snapshots.draw = draw
+def writers(folder: Path) -> list[Callable[[], object]]:
+    """Of each file, what writes it; the largest first."""
     wan, speech, audio = (folder / name for name in snapshots.SNAPSHOTS)
-    files: list[Callable[[], object]] = [
+    return [
         partial(snapshots.write_t5, wan, 0),
         *(partial(snapshots.write_shard, wan, 0, shard) for shard in range(snapshots.SHARDS)),
         *(partial(snapshots.write_audio_branch, audio, 0, people) for people in ("single", "multi")),
@@ -104,11 +101,15 @@ def write_file(folder: Path, number: int) -> None:
         partial(snapshots.write_wav2vec2, speech, 0),
         partial(snapshots.write_wan_configs, wan),
     ]
-    if number < len(files):
-        files[number]()
 
 
-FILES = 7 + 7
+def write_file(folder: Path, number: int) -> None:
+    """One of them, in a process of its own."""
+    torch.set_num_threads(1)
+    for name, value in PUBLISHED.items():
+        setattr(snapshots, name, value)
+    snapshots.draw = draw
+    writers(folder)[number]()
 
 
 def write(folder: Path, tiny: bool) -> None:
@@ -118,7 +119,7 @@ def write(folder: Path, tiny: bool) -> None:
     for name in snapshots.SNAPSHOTS:
         (folder / name).mkdir(parents=True)
     with ProcessPoolExecutor(WRITERS, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(write_file, folder, number) for number in range(FILES)]):
+        for done in as_completed([pool.submit(write_file, folder, number) for number in range(len(writers(folder)))]):
             done.result()
 
 
