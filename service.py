@@ -129,15 +129,15 @@ class AvatarRunner:
         wan, infinitetalk, wav2vec2 = (Path(model.path) for model in stored)
         store = JobStore(settings.database)  # where the database is away, nothing is loaded
         with loading.attempt(self._shutdown):
-            from avatar_api.worker import load, load_few_steps, work  # with torch
+            from avatar_api.worker import load, load_fast_loras, work  # with torch
 
             load_models = partial(load, wan, infinitetalk, wav2vec2, settings)
             pipeline = load_models(settings.memory)
-            few_steps = load_few_steps(pipeline, settings)
+            fast_loras = load_fast_loras(pipeline, settings)
         logger.info("Models loaded on %s in %.1f s; %s", pipeline.device, time.monotonic() - started, pipeline.memory)
         owner = runner_name(settings.home, str(pipeline.device))
         self.ready = True
-        work(store, pipeline, open_storage(settings), owner, self._shutdown, load_models, few_steps)
+        work(store, pipeline, open_storage(settings), owner, self._shutdown, load_models, fast_loras)
 
     watch_over_loading = watch_over_loading
 

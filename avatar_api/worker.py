@@ -87,7 +87,7 @@ def load(
     return pipeline
 
 
-def load_few_steps(pipeline: "InfiniteTalkPipeline", settings: ServiceSettings) -> Sequence[tuple[Lora, float]]:
+def load_fast_loras(pipeline: "InfiniteTalkPipeline", settings: ServiceSettings) -> Sequence[tuple[Lora, float]]:
     """The LoRA of `quality=fast` and its scale, if there is one. Raises CheckpointError where it does not fit."""
     if settings.fast_lora is None:
         return ()
@@ -104,11 +104,11 @@ def work(
     owner: str,
     shutdown: Shutdown,
     load_again: "Callable[[str], InfiniteTalkPipeline]",
-    few_steps: Sequence[tuple[Lora, float]] = (),
+    fast_loras: Sequence[tuple[Lora, float]] = (),
 ) -> None:
     """Run jobs, one at a time, until the shutdown is asked for; first the one that this runner died over, if any.
 
-    load_again: the same pipeline, with another memory preset; few_steps: for `quality=fast`.
+    load_again: the same pipeline, with another memory preset; fast_loras: those of `quality=fast`.
     """
     usual = pipeline.preset
     store.reclaim(owner)
@@ -130,12 +130,12 @@ def work(
         traced = tracing.job_span(job.traceparent, job=job.id, attempt=job.attempts, clips_before=len(claim.clips))
         with claim, logs.of_job(job.id), traced:
             try:
-                fits = run(claim, pipeline, storage, shutdown, few_steps)
+                fits = run(claim, pipeline, storage, shutdown, fast_loras)
                 if not fits and (less := smaller(usual)) is not None:
                     logger.warning("job %s: too large for the GPU; once more with preset %s", job.id, less.name)
                     pipeline.close()
                     pipeline = load_again(less.name)
-                    fits = run(claim, pipeline, storage, shutdown, few_steps)
+                    fits = run(claim, pipeline, storage, shutdown, fast_loras)
                 if not fits:
                     claim.fail(TOO_LARGE, retry=False)
             except LeaseLost as reason:
@@ -150,7 +150,7 @@ def run(
     pipeline: "InfiniteTalkPipeline",
     storage: Storage,
     shutdown: Shutdown,
-    few_steps: Sequence[tuple[Lora, float]] = (),
+    fast_loras: Sequence[tuple[Lora, float]] = (),
 ) -> bool:
     """One job, to whatever end it comes. False: the GPU's memory is too small for it, and it has not ended yet.
 
@@ -159,7 +159,7 @@ def run(
     job, begun = claim.job.id, time.monotonic()
     logger.info("job %s: started, %d clips are there already", job, len(claim.clips))
     try:
-        result = _generate(_Run(claim, storage, shutdown, few_steps), pipeline)
+        result = _generate(_Run(claim, storage, shutdown, fast_loras), pipeline)
         claim.complete(result)
     except LeaseLost:
         raise
@@ -224,7 +224,7 @@ class _Run:
     claim: Claim
     storage: Storage
     shutdown: Shutdown
-    few_steps: Sequence[tuple[Lora, float]]
+    fast_loras: Sequence[tuple[Lora, float]]
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds that each stage took."""
 
@@ -303,7 +303,7 @@ def _make(inputs: Inputs, run: _Run, pipeline: "InfiniteTalkPipeline") -> dict[s
             on_step=on_step,
             resume_from=state,
         )
-        with _stage(GENERATING, run), _quality(request.quality, run.few_steps, pipeline):
+        with _stage(GENERATING, run), _quality(request.quality, run.fast_loras, pipeline):
             begun = time.monotonic()
             for clip in clips:
                 _keep(clip, run)
@@ -340,14 +340,16 @@ def _stage(name: str, run: _Run) -> Iterator[None]:
 
 
 @contextmanager
-def _quality(quality: str, few_steps: Sequence[tuple[Lora, float]], pipeline: "InfiniteTalkPipeline") -> Iterator[None]:
+def _quality(
+    quality: str, fast_loras: Sequence[tuple[Lora, float]], pipeline: "InfiniteTalkPipeline"
+) -> Iterator[None]:
     """The weights for it."""
     if quality != "fast":
         yield
         return
-    if not few_steps:  # the server that took the job has one
+    if not fast_loras:  # the server that took the job has one
         raise InputError("quality", "quality is 'fast', and this runner has no LoRA for it; set AVATAR_FAST_LORA.")
-    with pipeline.with_loras(few_steps):
+    with pipeline.with_loras(fast_loras):
         yield
 
 

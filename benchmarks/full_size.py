@@ -13,12 +13,11 @@ import argparse
 import hashlib
 import io
 import os
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
@@ -31,8 +30,9 @@ import soundfile
 import torch
 
 from avatar_api.jobs import FINISHED
+from benchmarks.markdown import row, table
 from scripts import make_tiny_snapshots as snapshots
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, import_runtime
 from tests.served import Served
 
 GB = 1e9
@@ -59,21 +59,11 @@ class Bench(NamedTuple):
     steps: int
 
 
-def row(*cells: object) -> None:
-    texts = (f"{cell:.3g}" if isinstance(cell, float) and cell < 100 else f"{cell:.0f}" if isinstance(cell, float)
-             else str(cell) for cell in cells)  # fmt: skip
-    print(f"| {' | '.join(texts)} |", flush=True)
-
-
-def table(*head: str) -> None:
-    print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
-
-
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     begun = time.perf_counter()
     yield
-    row(what, time.perf_counter() - begun)
+    print(f"{what} in {time.perf_counter() - begun:.1f} s", flush=True)
 
 
 # The models.
@@ -119,14 +109,7 @@ def write(folder: Path, tiny: bool) -> None:
     for name in snapshots.SNAPSHOTS:
         (folder / name).mkdir(parents=True)
     with ProcessPoolExecutor(WRITERS, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(write_file, folder, number) for number in range(len(writers(folder)))]):
-            done.result()
-
-
-def import_models(folder: Path) -> None:
-    command = [sys.executable, "models/import_models.py", "--source", str(folder / "snapshots"), "--profile", "runtime"]
-    environment = os.environ | {"BENTOML_HOME": str(folder / "bentoml"), "BENTOML_DO_NOT_TRACK": "1"}
-    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL)
+        list(pool.map(partial(write_file, folder), range(len(writers(folder)))))
 
 
 # Videos over HTTP.
@@ -150,18 +133,12 @@ def ask(bench: Bench, speakers: int = 1, frames: int = 75, **values: object) -> 
     return str(answer.json()["id"])
 
 
-def look(bench: Bench, video: str) -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.get(f"{bench.served.url}/v1/videos/{video}", timeout=60).json()
-    return answer
-
-
-def wait(bench: Bench, video: str, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def wait(bench: Bench, video: str, until: Callable[[dict[str, Any]], bool]) -> None:
     give_up = time.monotonic() + PATIENCE
-    while not until(now := look(bench, video)):
+    while not until(now := httpx.get(f"{bench.served.url}/v1/videos/{video}", timeout=60).json()):
         if now["status"] in FINISHED or time.monotonic() > give_up:
             raise SystemExit(f"{video} did not get there: {now}\n{bench.served.log[-8000:]}")
         time.sleep(0.1)
-    return now
 
 
 def finish(bench: Bench, video: str) -> tuple[str, dict[str, float]]:
@@ -174,18 +151,15 @@ def finish(bench: Bench, video: str) -> tuple[str, dict[str, float]]:
     return hashlib.sha256(content.content).hexdigest(), result["timings"]
 
 
-def metric(bench: Bench, name: str) -> dict[str, float]:
-    """What /metrics says of it, by label."""
+def metric(bench: Bench, name: str) -> float:
+    """What /metrics says of it, all labels together."""
     lines = httpx.get(f"{bench.served.url}/metrics", timeout=60).text.splitlines()
-    found = [line.rpartition(" ") for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
-    return {key.removeprefix(name): float(value) for key, _, value in found}
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
 def memory(bench: Bench) -> str:
-    allocated, reserved, total = (
-        sum(metric(bench, f"avatar_gpu_memory_{kind}_bytes").values()) / GB
-        for kind in ("allocated", "reserved", "total")
-    )
+    kinds = ("allocated", "reserved", "total")
+    allocated, reserved, total = (metric(bench, f"avatar_gpu_memory_{kind}_bytes") / GB for kind in kinds)
     runner = bench.served.process("avatar_runner").memory_info().rss / GB
     return f"{allocated:.1f}, {reserved:.1f} of {total:.1f}; runner {runner:.1f}"
 
@@ -195,25 +169,35 @@ def memory(bench: Bench) -> str:
 
 def video(bench: Bench) -> bool:
     """Two clips, and the same again."""
-    taken = []
+    contents = []
     for again in ("first", "again"):
-        before = metric(bench, "avatar_step_seconds_sum"), metric(bench, "avatar_step_seconds_count")
-        begun = time.perf_counter()
-        taken.append(finish(bench, ask(bench, frames=TWO_CLIPS)))
+        before, begun = _steps(bench), time.perf_counter()
+        content, timings = finish(bench, ask(bench, frames=TWO_CLIPS))
         seconds = time.perf_counter() - begun
-        total, count = (
-            sum(metric(bench, f"avatar_step_seconds_{kind}").values()) - sum(earlier.values())
-            for kind, earlier in zip(("sum", "count"), before, strict=True)
-        )
-        row(f"a video of two clips, {again}", seconds, f"a step {total / max(1, count):.2f}; {taken[-1][1]}")
+        took, count = (after - earlier for after, earlier in zip(_steps(bench), before, strict=True))
+        row(f"a video of two clips, {again}", seconds, f"a step {took / max(1, count):.2f}; {timings}")
+        contents.append(content)
     row("GPU memory: allocated, reserved of all, GB; resident, GB", "", memory(bench))
-    (bench.folder / "sha256").write_text(taken[0][0])
-    row("the same bytes", "", taken[0][0] == taken[1][0])
-    return taken[0][0] == taken[1][0]
+    same = contents[0] == contents[1]
+    row("the same bytes", "", same)
+    _undisturbed(bench).write_text(contents[0])
+    return same
+
+
+def _steps(bench: Bench) -> tuple[float, float]:
+    """The seconds of all steps so far, and how many there were."""
+    return metric(bench, "avatar_step_seconds_sum"), metric(bench, "avatar_step_seconds_count")
+
+
+def _undisturbed(bench: Bench) -> Path:
+    """Holds the sha256 of that video, for `killed`, which may be run later."""
+    return bench.folder / f"sha256-{bench.sizes[0]}-{bench.steps}"
 
 
 def killed(bench: Bench) -> bool:
     """The runner is killed with -9 in the second clip."""
+    if not _undisturbed(bench).exists():
+        raise SystemExit("There is no undisturbed video yet to compare with: run the section video first.")
     begun = time.perf_counter()
     video = ask(bench, frames=TWO_CLIPS)
     wait(bench, video, lambda now: now["clip"] == 2)
@@ -223,7 +207,7 @@ def killed(bench: Bench) -> bool:
     bench.served.wait_until_ready()
     row("killed in the second clip: until it is ready again", time.perf_counter() - kill, "")
     content, _ = finish(bench, video)
-    same = content == (bench.folder / "sha256").read_text()
+    same = content == _undisturbed(bench).read_text()
     row("the whole of that video, to the undisturbed one's bytes", time.perf_counter() - begun, same)
     return same
 
@@ -276,15 +260,14 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="the tiny models")
     options = parser.parse_intermixed_args()
     folder: Path = options.folder
-    table("", "s", "")
     if not (folder / "snapshots").exists():
-        with timed("the models written"):
+        with timed("The models are written"):
             write(folder / "snapshots", options.tiny)
     if not (folder / "bentoml").exists():
-        with timed("imported"):
-            import_models(folder)
+        with timed("They are imported"):
+            import_runtime(folder / "snapshots", folder / "bentoml")
     size = sum(file.stat().st_size for file in (folder / "bentoml" / "models").rglob("*") if file.is_file())
-    row("GB", size / GB, "")
+    print(f"{size / GB:.3g} GB", flush=True)
 
     home = folder / f"home-{options.memory or 'usual'}"
     environment = {"OMP_NUM_THREADS": str(os.cpu_count())}
@@ -294,10 +277,12 @@ def main() -> int:
     kept = True
     with served:
         bench = Bench(folder, served, options.sizes, options.steps)
-        row("served: until /ping says 200", time.perf_counter() - begun, "")
+        ready = time.perf_counter() - begun
         for line in served.log.splitlines():
             if "start: " in line or "Models loaded" in line:
                 print(line, flush=True)
+        table("", "s", "")
+        row("served: until /ping says 200", ready, "")
         for name in options.sections or USUAL:
             kept &= SECTIONS[name](bench)
         begun = time.perf_counter()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avatar_api.video_writer import VideoWriter
+from benchmarks.markdown import row, table
 from infinitetalk import checkpoints, memory
 from infinitetalk.audio import encode
 from infinitetalk.color import match_color
@@ -116,22 +117,6 @@ def difference(output: Tensor, expected: Tensor) -> str:
     gap, expected = output.float() - expected.float(), expected.float()
     relative, largest = (gap.norm() / expected.norm()).item(), (gap.abs().max() / expected.abs().max()).item()
     return f"{100 * relative:.2f}, {100 * largest:.2f}"
-
-
-def table(*head: str) -> None:
-    print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
-
-
-def row(*cells: object) -> None:
-    texts = (
-        f"{cell:.3g}"
-        if isinstance(cell, float) and abs(cell) < 100
-        else f"{cell:.0f}"
-        if isinstance(cell, float)
-        else str(cell)
-        for cell in cells
-    )
-    print(f"| {' | '.join(texts)} |", flush=True)
 
 
 # Models and what they are given.

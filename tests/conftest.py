@@ -42,11 +42,11 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bento_home(snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with the snapshots in it, put there as users do."""
     home = tmp_path_factory.mktemp("bentoml")
-    import_tiny(snapshots, home)
+    import_runtime(snapshots, home)
     return home
 
 
-def import_tiny(snapshots: Path, bento_home: Path) -> None:
+def import_runtime(snapshots: Path, bento_home: Path) -> None:
     command = [sys.executable, "models/import_models.py", "--source", str(snapshots), "--profile", "runtime"]
     subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "BENTOML_HOME": str(bento_home)}, check=True)
 

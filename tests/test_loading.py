@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from avatar_api.loading import ATTEMPTS, EXIT_STATUS
-from tests.conftest import import_tiny
+from tests.conftest import import_runtime
 from tests.runpod_queue import JobApi
 from tests.served import Served
 from tests.waiting import PATIENCE, eventually
@@ -27,7 +27,7 @@ def test_models_that_do_not_fit_their_configuration_end_the_server_which_says_wh
     shutil.copytree(snapshots, source)
     config = source / "Wan2.1-I2V-14B-480P" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 7}))
-    import_tiny(source, home)
+    import_runtime(source, home)
     server = Served(tmp_path / "avatar", bento_home=home)
     assert server.run() == EXIT_STATUS
     last = server.log.splitlines()[-1]

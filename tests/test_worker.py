@@ -23,7 +23,7 @@ from avatar_api.requests import VideoRequest
 from avatar_api.settings import ServiceSettings
 from avatar_api.shutdown import Shutdown
 from avatar_api.storage import open_storage
-from avatar_api.worker import load_few_steps, run
+from avatar_api.worker import load_fast_loras, run
 from infinitetalk.errors import CheckpointError
 from infinitetalk.lora import read_lora
 from infinitetalk.pipeline import Clip, InfiniteTalkPipeline
@@ -124,10 +124,10 @@ class TestFast:
         tensors["diffusion_model.blocks.1.norm3.diff"] = torch.zeros(65)
         save_file(tensors, tmp_path / "other.safetensors")
         with pytest.raises(CheckpointError, match="was the LoRA made for another model"):
-            load_few_steps(pipeline, ServiceSettings(home=tmp_path, fast_lora=tmp_path / "other.safetensors"))
+            load_fast_loras(pipeline, ServiceSettings(home=tmp_path, fast_lora=tmp_path / "other.safetensors"))
         with pytest.raises(CheckpointError, match=r"none\.safetensors is missing"):
-            load_few_steps(pipeline, ServiceSettings(home=tmp_path, fast_lora=tmp_path / "none.safetensors"))
-        ((_, scale),) = load_few_steps(pipeline, ServiceSettings(home=tmp_path, fast_lora=tiny_lora))
+            load_fast_loras(pipeline, ServiceSettings(home=tmp_path, fast_lora=tmp_path / "none.safetensors"))
+        ((_, scale),) = load_fast_loras(pipeline, ServiceSettings(home=tmp_path, fast_lora=tiny_lora))
         assert scale == 1
 
     def test_all_its_forwards_are_computed_where_the_lora_is(
